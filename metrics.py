@@ -128,7 +128,7 @@ class CSVLog:
     """
 
     def __init__(self, path: str | Path, columns: Iterable[str], offset: int = 0):
-        self.file = open(path, "r+" if offset else "w", newline="")
+        self.file = open(path, "r+" if offset else "w", newline="")  # noqa: SIM115 - stays open for the run
         self.file.truncate(offset)
         self.file.seek(offset)
         self.writer = csv.DictWriter(self.file, list(columns), lineterminator="\n")

@@ -1,0 +1,691 @@
+"""Deep Q-learning that measures its own loss of plasticity, with every remedy of the paper as a flag.
+
+A network that has trained for long stops learning. This file trains one on an Atari game, on LunarLander (or any Gymnasium
+task with a flat observation and discrete actions), or on Digits, a task of three minutes that shows the collapse. It logs
+what the literature proposes as signs of lost plasticity (metrics.py) and offers what is said to help.
+
+The update is double DQN (Mnih et al. 2015, van Hasselt et al. 2016), every `train_frequency` steps on a replayed batch:
+
+    y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
+    loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2                      phi: the parameters that train; paper 3.2
+
+Plasticity injection (Nikishin et al. 2023; paper 3.1) freezes Q and lets a fresh network learn the rest, without changing a
+single value at that moment:
+
+    Q(s, a)  <-  Q(s, a) + (f1(s, a) - f2(s, a))                                f1 = f2 fresh, only f1 trains
+
+Run it:
+
+    python dqn_plasticity.py --env Digits
+    python dqn_plasticity.py --env LunarLander --injections 1
+    python dqn_plasticity.py --env MsPacman --l2 periodic
+    python plot.py runs/
+
+A run is the folder runs/<env>__<variant>__seed<k>. The same command given again continues an unfinished run exactly.
+"""
+
+import contextlib
+import copy
+import difflib
+import io
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, BinaryIO, Literal, NamedTuple, get_type_hints
+
+import ale_py
+import filelock
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from ale_py.vector_env import AtariVectorEnv
+from gymnasium.envs.registration import find_highest_version
+from torch import nn
+from tqdm import tqdm
+
+import metrics
+
+gym.register_envs(ale_py)
+
+CHECKPOINT_FORMAT = 1
+LOG_EVERY = 1_000  # environment steps (paper section 2)
+COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
+COLUMNS += (*metrics.METRICS, "steps_per_second")
+
+# ---------------------------------------------------------------------------------------------------------- settings
+
+
+def by_task(atari: float, other: float, digits: float) -> type:
+    """The type of a setting with one default for Atari games, one for LunarLander and others, one for Digits."""
+    kind, hint = type(atari), f"[{atari:,} | {other:,} | {digits:,}]"
+    flag = tyro.conf.arg(constructor=kind, metavar=kind.__name__.upper(), help_behavior_hint=hint)
+    return Annotated[kind | None, (atari, other, digits), flag]
+
+
+@dataclass
+class Run:
+    """What to run, and for how long. Steps are environment steps."""
+
+    env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
+    seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
+    total_steps: by_task(2_000_000, 300_000, 60_000) = None  # length of the run
+    eval_every: by_task(25_000, 10_000, 15_000) = None  # steps between evaluations, each with a checkpoint
+    eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
+
+
+@dataclass
+class Learning:
+    """Double DQN with Adam."""
+
+    learning_rate: by_task(1e-4, 1e-3, 1e-3) = None  # step size of Adam
+    adam_eps: by_task(1e-4, 1e-8, 1e-8) = None  # epsilon of Adam
+    gamma: by_task(0.99, 0.99, 0.5) = None  # discount per step
+    batch_size: by_task(32, 128, 32) = None  # transitions in an update
+    buffer_size: by_task(1_000_000, 300_000, 1_500) = None  # transitions that the replay keeps
+    learning_starts: by_task(20_000, 20_000, 32) = None  # steps before the first update (Digits: of every task)
+    train_frequency: by_task(4, 1, 1) = None  # steps per update
+    target_network_frequency: by_task(2_000, 1_000, 100) = None  # steps between copies into the target network
+    start_e: by_task(1.0, 1.0, 0.05) = None  # first epsilon, the probability of a random action
+    end_e: by_task(0.01, 0.02, 0.05) = None  # last epsilon
+    exploration_fraction: by_task(0.5, 0.1, 0.0) = None  # share of the run after which epsilon is at its last value
+    max_grad_norm: by_task(10.0, 0.0, 0.0) = None  # longer gradients are scaled down to this norm; 0: never
+
+
+@dataclass
+class Injection:
+    """Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing."""
+
+    injections: int = 0  # how many
+    injection_steps: tuple[int, ...] = ()  # at which steps (default: spread evenly over the second half of the run)
+    injection_trigger: Literal[metrics.METRICS] | None = None  # instead: when this metric, smoothed (0.8), ...
+    injection_threshold: float | None = (
+        None  # ... crosses this (weight_magnitude, dormant_units: upwards; others: down)
+    )
+
+
+@dataclass
+class L2:
+    """L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss."""
+
+    l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
+    l2_lambda: float = 1e-4  # constant, periodic: lambda
+    l2_start: float = 0.0  # incremental: lambda at the start of the run
+    l2_end: float = 2e-4  # incremental: lambda at its end
+    l2_on_steps: int = 500_000  # periodic: steps with lambda (N in the paper)
+    l2_off_steps: int = 100_000  # periodic: steps without it (M), then again
+
+
+@dataclass
+class Architecture:
+    """Changes to the network (paper 3.3)."""
+
+    layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
+    leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of every other activation
+
+
+@dataclass
+class Args(Architecture, L2, Injection, Learning, Run):
+    """All settings, flat: --l2-lambda is args.l2_lambda. What is None takes its default."""
+
+    def __post_init__(self):
+        task = 0 if rom(self.env) else 2 if self.env == "Digits" else 1
+        for name, hint in get_type_hints(Args, include_extras=True).items():
+            if getattr(self, name) is None and hasattr(hint, "__metadata__"):
+                setattr(self, name, hint.__metadata__[0][task])
+        if self.device == "auto":
+            self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        spread_injections(self, self.total_steps // 2, self.total_steps)
+
+
+class UserError(Exception):
+    """A user's mistake: main prints it as one line and exits with code 2."""
+
+
+def check(args: Args) -> None:
+    """Raise UserError, saying what is wrong and what would be right, before anything is written."""
+    above_zero = {"total_steps", "eval_every", "eval_episodes", "learning_rate", "batch_size", "train_frequency"}
+    check_numbers(args, above_zero | {"target_network_frequency", "l2_on_steps"})
+    check_injections(args, 1, args.total_steps)
+    for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
+        if getattr(args, name) > 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
+    if args.batch_size > args.buffer_size:
+        raise UserError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}")
+    if args.learning_starts >= args.total_steps:
+        raise UserError(
+            f"--learning-starts {args.learning_starts} is not before the end, --total-steps {args.total_steps}"
+        )
+    if not rom(args.env) and gym_id(args.env) not in gym.registry:
+        names = {spec.name for spec in gym.registry.values()} | set(gym.registry)
+        close = difflib.get_close_matches(args.env, names, n=3, cutoff=0.5)
+        raise UserError(f"--env {args.env}: no such task; {'close: ' + ', '.join(close) if close else 'try MsPacman'}")
+    try:
+        envs = make_env(args.env)
+    except Exception as error:  # whatever a third-party environment raises
+        raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
+    if not isinstance(envs.single_action_space, gym.spaces.Discrete):
+        raise UserError(f"--env {args.env} has actions {envs.single_action_space}; DQN needs Discrete ones")
+    if not rom(args.env) and len(envs.single_observation_space.shape or ()) != 1:
+        raise UserError(f"--env {args.env} has observations {envs.single_observation_space}; needed is a flat Box")
+
+
+def check_numbers(args: Args, above_zero: set[str]) -> None:
+    """Raise UserError unless every number is finite and not negative, and those named are above zero."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float) and not (0 <= value < math.inf and (value > 0 or name not in above_zero)):
+            bound = "above 0" if name in above_zero else "0 or above"
+            raise UserError(f"--{name.replace('_', '-')} {value} must be {bound}")
+
+
+# ------------------------------------------------------------------------------------------------------- environment
+
+
+class Digits(gym.Env):
+    """A contextual MDP over 100 handwritten digits whose labels are drawn anew in every episode (Lyle et al. 2023).
+
+    Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label, which leads to an image of the next
+    label (modulo 10); 0 otherwise, which leads to any image. One episode is one task of 1,500 steps, so its return says
+    how well the network could still learn. Chance is 150.
+    """
+
+    def __init__(self):
+        from sklearn.datasets import load_digits  # takes a second to import, which no other task should pay
+
+        chosen = np.random.default_rng(123).permutation(1797)[:100]
+        self.images = (load_digits().data[chosen] / 16).astype(np.float32)
+        self.observation_space = gym.spaces.Box(0, 1, (64,), np.float32)
+        self.action_space = gym.spaces.Discrete(10)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.labels = self.np_random.integers(10, size=100)
+        self.image = self.np_random.integers(100)
+        return self.images[self.image], {}
+
+    def step(self, action):
+        label = self.labels[self.image]
+        candidates = np.flatnonzero(self.labels == (label + 1) % 10) if action == label else []
+        if len(candidates):
+            self.image = self.np_random.choice(candidates)
+        else:
+            self.image = self.np_random.integers(100)
+        return self.images[self.image], float(action == label), False, False, {}
+
+
+gym.register("Digits-v0", Digits, max_episode_steps=1_500)
+
+
+def rom(env_id: str) -> str | None:
+    """The ROM behind an Atari game's name, "ms_pacman" for "MsPacman"; None for any other task."""
+    spec = gym.registry.get(f"ALE/{env_id}-v5")
+    return spec and spec.kwargs["game"]
+
+
+def gym_id(env_id: str) -> str:
+    """The full id of a Gymnasium task: "LunarLander" is the newest version, "LunarLander-v3"."""
+    return env_id if env_id in gym.registry else f"{env_id}-v{find_highest_version(None, env_id)}"
+
+
+def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
+    """`num_envs` copies of a task. Observations: uint8 (num_envs, 4, 84, 84) of Atari, float (num_envs, n) of others.
+
+    Atari as in Mnih et al. 2015, but episodes end with the game, not with a life: up to 30 no-ops at the start, frame skip 4
+    with the maximum over the last two, no sticky actions. Rewards are the game's own.
+    """
+    if rom(env_id):
+        return AtariVectorEnv(rom(env_id), num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
+    return gym.make_vec(gym_id(env_id), num_envs, vectorization_mode="sync")
+
+
+def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
+    """A new environment, its first observation, and the random stream of training, all decided by (seed, step).
+
+    Training starts afresh like this after every checkpoint, so that a checkpoint needs neither the state of an emulator nor
+    that of a random generator, and a run that was killed goes on exactly like one that was not (dqn_zoo does the same).
+    """
+    numbers = np.random.SeedSequence((args.seed, step)).generate_state(2) >> 1  # emulators take seeds below 2^31
+    torch.manual_seed(int(numbers[0]))
+    envs = make_env(args.env)
+    return envs, envs.reset(seed=int(numbers[1]))[0], np.random.default_rng((args.seed, step))
+
+
+# ----------------------------------------------------------------------------------------------------------- network
+
+
+class Scale(nn.Module):
+    """Pixels 0..255 to floats 0..1."""
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float() / 255
+
+
+class QNetwork(nn.Sequential):
+    """Observations (batch, ...) to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, args: Args):
+        def hidden(layer: nn.Module, shape: tuple[int, ...]) -> list[nn.Module]:
+            norm = [nn.LayerNorm(shape)] if args.layer_norm else []
+            return [layer, *norm, nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()]
+
+        actions = int(envs.single_action_space.n)
+        if rom(args.env):
+            super().__init__(
+                Scale(),
+                *hidden(nn.Conv2d(4, 32, 8, stride=4), (32, 20, 20)),
+                *hidden(nn.Conv2d(32, 64, 4, stride=2), (64, 9, 9)),
+                *hidden(nn.Conv2d(64, 64, 3, stride=1), (64, 7, 7)),
+                nn.Flatten(),
+                *hidden(nn.Linear(64 * 7 * 7, 512), (512,)),
+                nn.Linear(512, actions),
+            )
+        else:
+            inputs = envs.single_observation_space.shape[0]
+            super().__init__(
+                *hidden(nn.Linear(inputs, 64), (64,)), *hidden(nn.Linear(64, 64), (64,)), nn.Linear(64, actions)
+            )
+
+
+# --------------------------------------------------------------------------------------------------------- injection
+
+
+class Injected(nn.Module):
+    """Q = h + (f1 - f2): h frozen, f1 and f2 fresh and identical, only f1 trains (Nikishin et al. 2023; paper 3.1).
+
+    Added in this order, Q is h to the last bit until f1 is trained. h may itself be an injected network.
+    """
+
+    def __init__(self, h: nn.Module, fresh: nn.Module):
+        super().__init__()
+        self.h = h.requires_grad_(False)
+        self.f1 = fresh
+        self.f2 = copy.deepcopy(fresh).requires_grad_(False)
+
+    def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        return self.h(obs) + (self.f1(obs) - self.f2(obs))
+
+
+def trained(q: nn.Module) -> nn.Sequential:
+    """The part of Q that trains: all of it, or f1 after an injection."""
+    return q.f1 if isinstance(q, Injected) else q
+
+
+def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[Injected, Injected]:
+    """Inject the same fresh network into both; the target keeps its own lagging h, so its values do not jump either."""
+    return Injected(q, fresh), Injected(target_network, copy.deepcopy(fresh)).requires_grad_(False)
+
+
+def spread_injections(args: Args, first_step: int, last_step: int) -> None:
+    """Fill in what the flags leave open: evenly spaced steps for the count, or the count for the steps."""
+    if args.injection_steps:
+        args.injections = args.injections or len(args.injection_steps)
+    elif args.injection_trigger is None:
+        span = last_step - first_step
+        args.injection_steps = tuple(first_step + i * span // args.injections for i in range(args.injections))
+
+
+def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float | None) -> bool:
+    """At the steps given (paper 3.1), or when the smoothed metric has crossed the threshold (paper 6.1).
+
+    A triggered injection waits for 5 % of the run after the one before it.
+    """
+    if args.injection_trigger is None:
+        return step in args.injection_steps
+    waited = not injected_at or step - injected_at[-1] >= 0.05 * args.total_steps
+    if smoothed is None or not waited or len(injected_at) == args.injections:
+        return False
+    rises = args.injection_trigger in ("weight_magnitude", "dormant_units")  # with the loss of plasticity
+    return smoothed >= args.injection_threshold if rises else smoothed <= args.injection_threshold
+
+
+def check_injections(args: Args, first_step: int, last_step: int) -> None:
+    """Raise UserError unless the injection settings agree with each other and with the run."""
+    steps = args.injection_steps
+    if (args.injection_trigger is None) != (args.injection_threshold is None):
+        raise UserError("--injection-trigger and --injection-threshold need each other")
+    if args.injection_trigger and steps:
+        raise UserError("--injection-trigger and --injection-steps exclude each other: give one of them")
+    if args.injection_trigger and args.injections == 0:
+        raise UserError("--injection-trigger needs --injections, how often it may inject, above 0")
+    if args.injection_trigger is None and len(steps) != args.injections:
+        raise UserError(f"--injections {args.injections} does not agree with {len(steps)} --injection-steps")
+    if list(steps) != sorted(set(steps)):
+        raise UserError(f"--injection-steps {' '.join(map(str, steps))} must increase")
+    if steps and not first_step <= steps[0] <= steps[-1] <= last_step:
+        raise UserError(f"--injection-steps {' '.join(map(str, steps))} must lie in the run, {first_step}..{last_step}")
+
+
+# ---------------------------------------------------------------------------------------------------- regularisation
+
+
+def l2_coefficient(args: Args, step: int) -> float:
+    """lambda(k) of paper 3.2 at environment step k."""
+    if args.l2 == "constant":
+        return args.l2_lambda
+    if args.l2 == "incremental":
+        return args.l2_start + (args.l2_end - args.l2_start) * step / args.total_steps
+    if args.l2 == "periodic":
+        return args.l2_lambda if step % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
+    return 0.0
+
+
+def squared_norm(network: nn.Module) -> torch.Tensor:
+    """||phi||^2 over all parameters of the network that trains."""
+    return sum(parameter.square().sum() for parameter in network.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------------ replay
+
+
+class Batch(NamedTuple):
+    obs: torch.Tensor
+    action: torch.Tensor
+    reward: torch.Tensor
+    next_obs: torch.Tensor
+    terminated: torch.Tensor
+
+
+class Replay:
+    """A ring of single frames in a memory-mapped file, so that an Atari transition costs 7 KB, and only once written.
+
+    A slot holds the newest frame of an observation (a flat observation is one frame) and what followed. The observation
+    that ends an episode has a slot too, which no transition starts from. `spare` slots beyond `buffer_size` keep what a run
+    may need again that is continued from its last checkpoint.
+    """
+
+    def __init__(self, path: Path, obs_space: gym.spaces.Box, buffer_size: int, spare: int, state: list | None = None):
+        self.obs_shape, self.buffer_size = obs_space.shape, buffer_size
+        self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
+        frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
+        rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("age", "u1")]
+        slots = buffer_size + spare + self.stack
+        self.file = np.memmap(path, [frame, *rest], "r+" if state else "w+", shape=slots)
+        self.ring = self.file.view(np.ndarray)  # the same memory, without memmap's slow indexing
+        # Of all slots ever written, numbered from 0: the next one, the first since the replay was emptied. `added` counts
+        # transitions since then, `age` the steps of the episode.
+        self.next, self.first, self.added = state or (0, 0, 0)
+        self.age = 0
+
+    def state(self) -> list[int]:
+        """What a checkpoint needs beside the file."""
+        self.file.flush()
+        return [self.next, self.first, self.added]
+
+    def add(self, obs, action: int, reward: float, next_obs, terminated: bool, episode_over: bool) -> None:
+        self._write(self.next, obs, action, reward, terminated, end=False)
+        self.next, self.added, self.age = self.next + 1, self.added + 1, self.age + 1
+        self._write(self.next, next_obs, 0, 0.0, False, end=True)  # overwritten unless the episode is over
+        if episode_over:
+            self.next, self.age = self.next + 1, 0
+
+    def _write(self, slot, obs, action, reward, terminated, end) -> None:
+        frame, age = obs[-1] if self.stack > 1 else obs, min(self.age, self.stack)
+        self.ring[slot % len(self.ring)] = (frame, action, reward, terminated, end, age)
+
+    def empty(self) -> None:
+        self.first, self.added = self.next, 0
+
+    def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
+        """Uniform over the newest `buffer_size` slots. Frames from before an episode's start are black, as in its stack."""
+        oldest = max(self.first, self.next - self.buffer_size)
+        slots = rng.integers(oldest, self.next, size=batch_size)
+        while (ends := self.ring["end"][slots % len(self.ring)]).any():
+            slots[ends] = rng.integers(oldest, self.next, size=ends.sum())
+        now = self.ring[slots % len(self.ring)]
+        ages = np.arange(1 - self.stack, 2)  # of the frames in obs and next_obs, relative to the newest in obs
+        frames = self.ring["frame"][(slots[:, None] + ages) % len(self.ring)]
+        frames[now["age"][:, None] + ages < 0] = 0
+        tensors = [frames[:, :-1].reshape(-1, *self.obs_shape), now["action"].astype(np.int64), now["reward"],
+                   frames[:, 1:].reshape(-1, *self.obs_shape), now["terminated"].astype(np.float32)]  # fmt: skip
+        return Batch(*(torch.as_tensor(np.ascontiguousarray(array), device=device) for array in tensors))
+
+
+# --------------------------------------------------------------------------------------------- acting and evaluation
+
+
+def epsilon(args: Args, step: int, replay: Replay) -> float:
+    """Linear from start_e to end_e; on Atari from the start of learning on. A new task of Digits starts at random."""
+    if args.env == "Digits" and replay.added < args.learning_starts:
+        return 1.0
+    begin = args.learning_starts if rom(args.env) else 0
+    end = max(begin + 1, args.exploration_fraction * args.total_steps)
+    return float(np.interp(step, (begin, end), (args.start_e, args.end_e)))
+
+
+@torch.inference_mode()
+def epsilon_greedy(q: nn.Module, obs: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+    """One action per environment."""
+    output_layer = trained(q)[-1]
+    actions = rng.integers(output_layer.out_features, size=len(obs))
+    greedy = rng.random(len(obs)) >= epsilon
+    if greedy.any():
+        inputs = torch.as_tensor(obs[greedy], device=output_layer.weight.device)
+        actions[greedy] = q(inputs).argmax(1).cpu().numpy()
+    return actions
+
+
+def evaluate(q: nn.Module, args: Args, step: int) -> float:
+    """Mean return, rewards unclipped, of one whole episode in each of `eval_episodes` environments, at epsilon 0.02."""
+    envs, rng = make_env(args.env, args.eval_episodes), np.random.default_rng((args.seed, step, 1))
+    obs, _ = envs.reset(seed=int(rng.integers(2**31 - args.eval_episodes)))
+    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
+    while running.any():  # environments whose episode is over play on, unheeded
+        obs, rewards, terminated, truncated, _ = envs.step(epsilon_greedy(q, obs, 0.02, rng))
+        returns += rewards * running
+        running &= ~(terminated | truncated)
+    envs.close()
+    return float(returns.mean())
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoint
+
+
+def variant(args: Args) -> str:
+    """The remedies in use, as in the run's folder and in the figures: "layer-norm+injection-2"."""
+    parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
+    parts += ["layer-norm"] * args.layer_norm + ["leaky-relu"] * args.leaky_relu
+    if args.injections:
+        parts.append(f"injection-{args.injections}" + (f"-{args.injection_trigger}" if args.injection_trigger else ""))
+    return "+".join(parts) or "standard"
+
+
+def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
+    """The run's folder, a lock on it, and its checkpoint if there is one. Raises UserError."""
+    folder = Path("runs") / f"{args.env.replace('/', '-')}__{variant(args)}__seed{args.seed}"
+    config, path = json.loads(json.dumps(asdict(args))), folder / "config.json"
+    if path.exists():
+        there = json.loads(path.read_text())
+        names = [name for name in config | there if config.get(name) != there.get(name)]
+        if names:
+            differences = ", ".join(f"{name} {there.get(name)} (now {config.get(name)})" for name in names)
+            raise UserError(f"{folder} holds a run with other settings: {differences}; move it away or start elsewhere")
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise UserError(f"{folder} is in use by another process") from None
+    replace_file(path, lambda file: file.write(json.dumps(config, indent=2).encode()))
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return folder, lock, None
+    try:
+        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+    except Exception as error:  # a damaged file makes torch raise all sorts
+        raise UserError(f"{path} cannot be read ({type(error).__name__}); delete it to start this run over") from error
+    if checkpoint["format"] != CHECKPOINT_FORMAT:
+        raise UserError(f"{path} is of another version of this program; delete it to start this run over")
+    return folder, lock, checkpoint
+
+
+def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+    """Write a file so that it is whole or absent, whenever the process is killed."""
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        write(file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+# ------------------------------------------------------------------------------------------------------------ training
+
+
+def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean (y - Q(s, a))^2 with the double-Q target y (van Hasselt et al. 2016), and the mean of Q(s, a)."""
+    with torch.no_grad():
+        next_action = q(batch.next_obs).argmax(1, keepdim=True)
+        next_value = target_network(batch.next_obs).gather(1, next_action).squeeze(1)
+        td_target = batch.reward + gamma * (1 - batch.terminated) * next_value
+    value = q(batch.obs).gather(1, batch.action[:, None]).squeeze(1)
+    return nn.functional.mse_loss(value, td_target), value.detach().mean()
+
+
+def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
+    """A new optimiser over what trains."""
+    return torch.optim.Adam(trained(q).parameters(), args.learning_rate, eps=args.adam_eps, fused=True)
+
+
+def train(args: Args) -> Path:
+    """Train one agent and return the folder of its run. Raises UserError, and FloatingPointError when training diverges."""
+    check(args)
+    folder, lock, checkpoint = open_run(args)
+    if checkpoint and checkpoint["step"] == args.total_steps:
+        lock.release()
+        return folder
+    torch.set_num_threads(torch.get_num_threads() if rom(args.env) else 1)  # one thread beats two on a small network
+    envs, _, _ = fresh_start(args, 0)
+    q = QNetwork(envs, args).to(args.device)
+    target_network = copy.deepcopy(q).requires_grad_(False)
+    state = checkpoint or {"step": 0, "injected_at": [], "smoothed": None, "log": 0, "replay": None}
+    injected_at, smoothed, last_checkpoint = state["injected_at"], state["smoothed"], state["step"]
+    for _ in injected_at:
+        q, target_network = inject(q, target_network, QNetwork(envs, args).to(args.device))
+    optimizer = adam(q, args)
+    if checkpoint:
+        q.load_state_dict(checkpoint["q"])
+        target_network.load_state_dict(checkpoint["target_network"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+    spare = args.eval_every * 17 // 16 if rom(args.env) else 2 * args.eval_every  # steps and ends of episodes
+    replay = Replay(folder / "replay", envs.single_observation_space, args.buffer_size, spare, state["replay"])
+    log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log"])
+    returns, shown, last_row = [], {}, time.perf_counter()
+
+    steps = range(last_checkpoint + 1, args.total_steps + 1)
+    progress = tqdm(steps, initial=last_checkpoint, total=args.total_steps, unit="step", disable=None)
+    for step in progress:
+        if step == last_checkpoint + 1:
+            envs, obs, rng = fresh_start(args, last_checkpoint)
+            episode_return, batch = 0.0, None
+        if injection_due(args, step, injected_at, smoothed):  # paper 3.1
+            q, target_network = inject(q, target_network, QNetwork(envs, args).to(args.device))
+            optimizer = adam(q, args)
+            injected_at.append(step)
+            smoothed, batch = None, None
+
+        exploration = epsilon(args, step, replay)
+        action = epsilon_greedy(q, obs, exploration, rng)
+        next_obs, reward, terminated, truncated, _ = envs.step(action)
+        episode_return += reward[0]
+        episode_over = terminated[0] or truncated[0]
+        checkpoint_due = step % args.eval_every == 0 or step == args.total_steps
+        learnt_reward = np.sign(reward[0]) if rom(args.env) else reward[0]  # clipped on Atari, Mnih et al. 2015
+        replay.add(obs[0], action[0], learnt_reward, next_obs[0], terminated[0], episode_over or checkpoint_due)
+        obs = next_obs
+
+        if replay.added > args.learning_starts and step % args.train_frequency == 0:
+            batch = replay.sample(args.batch_size, rng, args.device)
+            loss, q_mean = td_loss(q, target_network, batch, args.gamma)
+            l2_lambda = l2_coefficient(args, step)
+            optimizer.zero_grad()
+            (loss + l2_lambda * squared_norm(trained(q)) if l2_lambda else loss).backward()  # paper 3.2
+            grad_norm = nn.utils.clip_grad_norm_(trained(q).parameters(), args.max_grad_norm or math.inf)
+            optimizer.step()
+        if step % args.target_network_frequency == 0:
+            target_network.load_state_dict(q.state_dict())
+
+        if episode_over:
+            returns.append(float(episode_return))
+            episode_return = 0.0
+            obs, _ = envs.reset()
+        if args.env == "Digits" and (episode_over or checkpoint_due):
+            # New labels: what is stored would poison the targets with the old ones, a fault of memory and not of plasticity.
+            # The weights, the target network and the optimiser stay, for they are what loses its plasticity.
+            replay.empty()
+
+        if step % LOG_EVERY == 0 or checkpoint_due:
+            row = {"step": step, "epsilon": exploration, "l2_lambda": l2_coefficient(args, step)}
+            row |= {"injections": len(injected_at), "train_return": float(np.mean(returns)) if returns else None}
+            if batch:
+                row |= {"loss": loss.item(), "q_mean": q_mean.item(), "grad_norm": grad_norm.item()}
+                if not math.isfinite(row["loss"]):
+                    raise FloatingPointError(f"The loss is {row['loss']} at step {step}: training has diverged.")
+            row |= metrics.measure(trained(q), batch and batch.obs)
+            if batch and args.injection_trigger:
+                value = row[args.injection_trigger]
+                smoothed = value if smoothed is None else 0.8 * smoothed + 0.2 * value
+            if checkpoint_due and args.env != "Digits":
+                row["eval_return"] = evaluate(q, args, step)
+            row["steps_per_second"] = LOG_EVERY / (time.perf_counter() - last_row)
+            log.write(row)
+            shown |= {name: f"{row[name]:.1f}" for name in ("train_return", "eval_return") if row.get(name) is not None}
+            progress.set_postfix(shown)
+            returns, last_row = [], time.perf_counter()
+        if checkpoint_due:
+            state = {"format": CHECKPOINT_FORMAT, "step": step, "injected_at": injected_at, "smoothed": smoothed}
+            state |= {"q": q.state_dict(), "target_network": target_network.state_dict()}
+            state |= {"optimizer": optimizer.state_dict(), "replay": replay.state(), "log": log.sync()}
+            replace_file(folder / "checkpoint.pt", lambda file, state=state: torch.save(state, file))
+            last_checkpoint = step
+    log.close()
+    lock.release()
+    (folder / "replay").unlink(missing_ok=True)
+    return folder
+
+
+def cli(run: Run, learning: Learning, injection: Injection, l2: L2, architecture: Architecture) -> Args:
+    """Deep Q-learning with measures of lost plasticity and remedies against it. What it writes is a run folder in runs/."""
+    return Args(**vars(run), **vars(learning), **vars(injection), **vars(l2), **vars(architecture))
+
+
+def main() -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        args = parse(cli)
+        folder = train(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {error} The log and the last checkpoint are kept.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        return 130
+    print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
+    return 0
+
+
+def parse(command: Callable) -> Args:
+    """tyro's command line, its box around an error message made one line."""
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box):
+            return tyro.cli(command, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
+    except SystemExit as stop:
+        if stop.code == 0:  # --help
+            raise
+        message = itertools.takewhile(lambda line: "──" not in line, box.getvalue().splitlines()[1:])
+        raise UserError(" ".join(" ".join(message).replace("│", "").split()) + " (see --help)") from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())
