@@ -1,20 +1,14 @@
 """Deep Q-learning that measures its own loss of plasticity, with every remedy of the paper as a flag.
 
 A network that has trained for long stops learning. This file trains one on an Atari game, on LunarLander (or any Gymnasium
-task with a flat observation and discrete actions), or on Digits, a task of three minutes that shows the collapse. It logs
-what the literature proposes as signs of lost plasticity (metrics.py) and offers what is said to help.
-
-The update is double DQN (Mnih et al. 2015, van Hasselt et al. 2016), every `train_frequency` steps on a replayed batch:
+task with flat observations and discrete actions) or on Digits, which shows the collapse in a minute. It logs what the
+literature proposes as signs of lost plasticity (metrics.py). The update is double DQN (van Hasselt et al. 2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
-    loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2                      phi: the parameters that train; paper 3.2
+    loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2                phi: the parameters that train (paper 3.2)
 
-Plasticity injection (Nikishin et al. 2023; paper 3.1) freezes Q and lets a fresh network learn the rest, without changing a
-single value at that moment:
-
-    Q(s, a)  <-  Q(s, a) + (f1(s, a) - f2(s, a))                                f1 = f2 fresh, only f1 trains
-
-Run it:
+Plasticity injection (Nikishin et al. 2023; paper 3.1) freezes Q and lets a fresh network learn what is missing, without
+changing a single value at that moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 trains.
 
     python dqn_plasticity.py --env Digits
     python dqn_plasticity.py --env LunarLander --injections 1
@@ -38,7 +32,7 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, BinaryIO, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Literal, NamedTuple, get_type_hints
 
 import ale_py
 import filelock
@@ -60,9 +54,8 @@ LOG_EVERY = 1_000  # environment steps (paper section 2)
 COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
 COLUMNS += (*metrics.METRICS, "steps_per_second")
 
-# ---------------------------------------------------------------------------------------------------------- settings
 
-
+# ---- settings
 def by_task(atari: float, other: float, digits: float) -> type:
     """The type of a setting with one default for Atari games, one for LunarLander and others, one for Digits."""
     kind, hint = type(atari), f"[{atari:,} | {other:,} | {digits:,}]"
@@ -72,7 +65,7 @@ def by_task(atari: float, other: float, digits: float) -> type:
 
 @dataclass
 class Run:
-    """What to run, and for how long. Steps are environment steps."""
+    """What to run. Steps are environment steps. Three defaults are those of [Atari | LunarLander, others | Digits]."""
 
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
@@ -105,11 +98,9 @@ class Injection:
     """Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing."""
 
     injections: int = 0  # how many
-    injection_steps: tuple[int, ...] = ()  # at which steps (default: spread evenly over the second half of the run)
+    injection_steps: tuple[int, ...] = ()  # at which steps; left out: spread evenly over the second half of the run
     injection_trigger: Literal[metrics.METRICS] | None = None  # instead: when this metric, smoothed (0.8), ...
-    injection_threshold: float | None = (
-        None  # ... crosses this (weight_magnitude, dormant_units: upwards; others: down)
-    )
+    injection_threshold: float | None = None  # ... crosses this (weight_magnitude, dormant_units up, others down)
 
 
 @dataclass
@@ -143,7 +134,11 @@ class Args(Architecture, L2, Injection, Learning, Run):
                 setattr(self, name, hint.__metadata__[0][task])
         if self.device == "auto":
             self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        spread_injections(self, self.total_steps // 2, self.total_steps)
+        if self.injection_steps:
+            self.injections = self.injections or len(self.injection_steps)
+        elif not self.injection_trigger:  # evenly over the second half of the run, from its middle on
+            half = self.total_steps // 2
+            self.injection_steps = tuple(half + i * half // self.injections for i in range(self.injections))
 
 
 class UserError(Exception):
@@ -156,39 +151,57 @@ def check(args: Args) -> None:
     check_numbers(args, above_zero | {"target_network_frequency", "l2_on_steps"})
     check_injections(args, 1, args.total_steps)
     for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
-        if getattr(args, name) > 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
-    if args.batch_size > args.buffer_size:
-        raise UserError(f"--batch-size {args.batch_size} is larger than --buffer-size {args.buffer_size}")
-    if args.learning_starts >= args.total_steps:
-        raise UserError(
-            f"--learning-starts {args.learning_starts} is not before the end, --total-steps {args.total_steps}"
-        )
+        refuse(getattr(args, name) > 1, f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
+    refuse(
+        args.batch_size > args.buffer_size, f"--batch-size {args.batch_size} exceeds --buffer-size {args.buffer_size}"
+    )
+    refuse(
+        args.learning_starts >= args.total_steps, "--learning-starts must lie before the end of the run, --total-steps"
+    )
+    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
     if not rom(args.env) and gym_id(args.env) not in gym.registry:
         names = {spec.name for spec in gym.registry.values()} | set(gym.registry)
-        close = difflib.get_close_matches(args.env, names, n=3, cutoff=0.5)
-        raise UserError(f"--env {args.env}: no such task; {'close: ' + ', '.join(close) if close else 'try MsPacman'}")
+        close = difflib.get_close_matches(args.env, names, cutoff=0.5) or ["MsPacman", "LunarLander", "Digits"]
+        refuse(True, f"--env {args.env}: no such task; perhaps {' or '.join(close)}?")
     try:
         envs = make_env(args.env)
     except Exception as error:  # whatever a third-party environment raises
         raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
-    if not isinstance(envs.single_action_space, gym.spaces.Discrete):
-        raise UserError(f"--env {args.env} has actions {envs.single_action_space}; DQN needs Discrete ones")
-    if not rom(args.env) and len(envs.single_observation_space.shape or ()) != 1:
-        raise UserError(f"--env {args.env} has observations {envs.single_observation_space}; needed is a flat Box")
+    actions, observations = envs.single_action_space, envs.single_observation_space
+    discrete, flat = isinstance(actions, gym.spaces.Discrete), rom(args.env) or len(observations.shape or ()) == 1
+    refuse(not discrete, f"--env {args.env} has the actions {actions}; DQN needs Discrete ones")
+    refuse(not flat, f"--env {args.env} has the observations {observations}; needed is a flat Box")
+
+
+def refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise UserError(message)
 
 
 def check_numbers(args: Args, above_zero: set[str]) -> None:
-    """Raise UserError unless every number is finite and not negative, and those named are above zero."""
+    """Every number is finite and not negative, and those named are above zero."""
     for name, value in vars(args).items():
-        if isinstance(value, int | float) and not (0 <= value < math.inf and (value > 0 or name not in above_zero)):
-            bound = "above 0" if name in above_zero else "0 or above"
-            raise UserError(f"--{name.replace('_', '-')} {value} must be {bound}")
+        if isinstance(value, int | float):
+            bound = "above 0" if name in above_zero else "0 or more"
+            wrong = not 0 <= value < math.inf or (value == 0 and name in above_zero)
+            refuse(wrong, f"--{name.replace('_', '-')} {value} must be {bound}")
 
 
-# ------------------------------------------------------------------------------------------------------- environment
+def check_injections(args: Args, first_step: int, last_step: int) -> None:
+    """The injection settings agree with each other and with the steps in which injections are possible."""
+    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
+    refuse((trigger is None) != (args.injection_threshold is None), "--injection-trigger needs --injection-threshold")
+    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
+    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
+    refuse(
+        not trigger and len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}"
+    )
+    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
+    outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
+    refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
 
 
+# ---- environment
 class Digits(gym.Env):
     """A contextual MDP over 100 handwritten digits whose labels are drawn anew in every episode (Lyle et al. 2023).
 
@@ -258,9 +271,7 @@ def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray
     return envs, envs.reset(seed=int(numbers[1]))[0], np.random.default_rng((args.seed, step))
 
 
-# ----------------------------------------------------------------------------------------------------------- network
-
-
+# ---- network
 class Scale(nn.Module):
     """Pixels 0..255 to floats 0..1."""
 
@@ -289,14 +300,11 @@ class QNetwork(nn.Sequential):
             )
         else:
             inputs = envs.single_observation_space.shape[0]
-            super().__init__(
-                *hidden(nn.Linear(inputs, 64), (64,)), *hidden(nn.Linear(64, 64), (64,)), nn.Linear(64, actions)
-            )
+            layers = [*hidden(nn.Linear(inputs, 64), (64,)), *hidden(nn.Linear(64, 64), (64,)), nn.Linear(64, actions)]
+            super().__init__(*layers)
 
 
-# --------------------------------------------------------------------------------------------------------- injection
-
-
+# ---- injection
 class Injected(nn.Module):
     """Q = h + (f1 - f2): h frozen, f1 and f2 fresh and identical, only f1 trains (Nikishin et al. 2023; paper 3.1).
 
@@ -323,13 +331,9 @@ def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[I
     return Injected(q, fresh), Injected(target_network, copy.deepcopy(fresh)).requires_grad_(False)
 
 
-def spread_injections(args: Args, first_step: int, last_step: int) -> None:
-    """Fill in what the flags leave open: evenly spaced steps for the count, or the count for the steps."""
-    if args.injection_steps:
-        args.injections = args.injections or len(args.injection_steps)
-    elif args.injection_trigger is None:
-        span = last_step - first_step
-        args.injection_steps = tuple(first_step + i * span // args.injections for i in range(args.injections))
+def smooth(average: float | None, value: float) -> float:
+    """Exponential moving average with weight 0.8, as in the paper's figures."""
+    return value if average is None else 0.8 * average + 0.2 * value
 
 
 def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float | None) -> bool:
@@ -346,26 +350,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
     return smoothed >= args.injection_threshold if rises else smoothed <= args.injection_threshold
 
 
-def check_injections(args: Args, first_step: int, last_step: int) -> None:
-    """Raise UserError unless the injection settings agree with each other and with the run."""
-    steps = args.injection_steps
-    if (args.injection_trigger is None) != (args.injection_threshold is None):
-        raise UserError("--injection-trigger and --injection-threshold need each other")
-    if args.injection_trigger and steps:
-        raise UserError("--injection-trigger and --injection-steps exclude each other: give one of them")
-    if args.injection_trigger and args.injections == 0:
-        raise UserError("--injection-trigger needs --injections, how often it may inject, above 0")
-    if args.injection_trigger is None and len(steps) != args.injections:
-        raise UserError(f"--injections {args.injections} does not agree with {len(steps)} --injection-steps")
-    if list(steps) != sorted(set(steps)):
-        raise UserError(f"--injection-steps {' '.join(map(str, steps))} must increase")
-    if steps and not first_step <= steps[0] <= steps[-1] <= last_step:
-        raise UserError(f"--injection-steps {' '.join(map(str, steps))} must lie in the run, {first_step}..{last_step}")
-
-
-# ---------------------------------------------------------------------------------------------------- regularisation
-
-
+# ---- regularisation
 def l2_coefficient(args: Args, step: int) -> float:
     """lambda(k) of paper 3.2 at environment step k."""
     if args.l2 == "constant":
@@ -382,9 +367,7 @@ def squared_norm(network: nn.Module) -> torch.Tensor:
     return sum(parameter.square().sum() for parameter in network.parameters())
 
 
-# ------------------------------------------------------------------------------------------------------------ replay
-
-
+# ---- replay
 class Batch(NamedTuple):
     obs: torch.Tensor
     action: torch.Tensor
@@ -397,27 +380,31 @@ class Replay:
     """A ring of single frames in a memory-mapped file, so that an Atari transition costs 7 KB, and only once written.
 
     A slot holds the newest frame of an observation (a flat observation is one frame) and what followed. The observation
-    that ends an episode has a slot too, which no transition starts from. `spare` slots beyond `buffer_size` keep what a run
-    may need again that is continued from its last checkpoint.
+    that ends an episode has a slot too, which no transition starts from. The ring has room for the steps of one interval
+    between evaluations beyond `buffer_size`, so that a run which is continued from its last checkpoint finds all it had.
     """
 
-    def __init__(self, path: Path, obs_space: gym.spaces.Box, buffer_size: int, spare: int, state: list | None = None):
-        self.obs_shape, self.buffer_size = obs_space.shape, buffer_size
+    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args):
+        self.obs_shape, self.buffer_size = obs_space.shape, args.buffer_size
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
         frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
         rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("age", "u1")]
-        slots = buffer_size + spare + self.stack
-        self.file = np.memmap(path, [frame, *rest], "r+" if state else "w+", shape=slots)
+        room = args.eval_every * (17 / 16 if self.stack > 1 else 2)  # with ends of episodes, which are long on Atari
+        slots = args.buffer_size + int(room) + self.stack
+        self.file = np.memmap(path, [frame, *rest], "r+" if path.exists() else "w+", shape=slots)
         self.ring = self.file.view(np.ndarray)  # the same memory, without memmap's slow indexing
-        # Of all slots ever written, numbered from 0: the next one, the first since the replay was emptied. `added` counts
-        # transitions since then, `age` the steps of the episode.
-        self.next, self.first, self.added = state or (0, 0, 0)
-        self.age = 0
+        # Slots are numbered from the start of the run; slot k lies at k modulo the length of the ring.
+        self.next = 0  # slot to be written
+        self.first = 0  # first slot since the replay was emptied
+        self.added = 0  # transitions since then
+        self.age = 0  # steps of the episode
 
-    def state(self) -> list[int]:
-        """What a checkpoint needs beside the file."""
+    def state_dict(self) -> dict[str, int]:
         self.file.flush()
-        return [self.next, self.first, self.added]
+        return {"next": self.next, "first": self.first, "added": self.added}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        vars(self).update(state)
 
     def add(self, obs, action: int, reward: float, next_obs, terminated: bool, episode_over: bool) -> None:
         self._write(self.next, obs, action, reward, terminated, end=False)
@@ -448,9 +435,7 @@ class Replay:
         return Batch(*(torch.as_tensor(np.ascontiguousarray(array), device=device) for array in tensors))
 
 
-# --------------------------------------------------------------------------------------------- acting and evaluation
-
-
+# ---- acting and evaluation
 def epsilon(args: Args, step: int, replay: Replay) -> float:
     """Linear from start_e to end_e; on Atari from the start of learning on. A new task of Digits starts at random."""
     if args.env == "Digits" and replay.added < args.learning_starts:
@@ -485,9 +470,7 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float:
     return float(returns.mean())
 
 
-# ---------------------------------------------------------------------------------------------------------- checkpoint
-
-
+# ---- checkpoint
 def variant(args: Args) -> str:
     """The remedies in use, as in the run's folder and in the figures: "layer-norm+injection-2"."""
     parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
@@ -513,7 +496,7 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
-    replace_file(path, lambda file: file.write(json.dumps(config, indent=2).encode()))
+    replace_file(path, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
     path = folder / "checkpoint.pt"
     if not path.exists():
         return folder, lock, None
@@ -526,19 +509,22 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
     return folder, lock, checkpoint
 
 
-def replace_file(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def replace_file(path: Path, write: Callable[[Path], None]) -> None:
     """Write a file so that it is whole or absent, whenever the process is killed."""
     temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
-        file.flush()
+    write(temporary)
+    with open(temporary, "rb") as file:
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-# ------------------------------------------------------------------------------------------------------------ training
+def save_checkpoint(folder: Path, state: dict, **parts) -> None:
+    """Save plain values and whatever has a state_dict. The frames of the replay are in its file already."""
+    whole = state | {name: part.state_dict() for name, part in parts.items()}
+    replace_file(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
 
 
+# ---- training
 def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
     """mean (y - Q(s, a))^2 with the double-Q target y (van Hasselt et al. 2016), and the mean of Q(s, a)."""
     with torch.no_grad():
@@ -549,8 +535,17 @@ def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float)
     return nn.functional.mse_loss(value, td_target), value.detach().mean()
 
 
+def measurements(network: nn.Sequential, batch: Batch | None, loss, q_mean, grad_norm) -> dict[str, float]:
+    """The columns of the log that describe the network that trains and, if there was one, its latest training batch."""
+    if batch is None:
+        return metrics.measure(network, None)
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"the loss is {loss.item()}: training has diverged.")
+    row = {"loss": loss.item(), "q_mean": q_mean.item(), "grad_norm": grad_norm.item()}
+    return row | metrics.measure(network, batch.obs)
+
+
 def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
-    """A new optimiser over what trains."""
     return torch.optim.Adam(trained(q).parameters(), args.learning_rate, eps=args.adam_eps, fused=True)
 
 
@@ -558,47 +553,40 @@ def train(args: Args) -> Path:
     """Train one agent and return the folder of its run. Raises UserError, and FloatingPointError when training diverges."""
     check(args)
     folder, lock, checkpoint = open_run(args)
-    if checkpoint and checkpoint["step"] == args.total_steps:
-        lock.release()
-        return folder
     torch.set_num_threads(torch.get_num_threads() if rom(args.env) else 1)  # one thread beats two on a small network
     envs, _, _ = fresh_start(args, 0)
     q = QNetwork(envs, args).to(args.device)
     target_network = copy.deepcopy(q).requires_grad_(False)
-    state = checkpoint or {"step": 0, "injected_at": [], "smoothed": None, "log": 0, "replay": None}
-    injected_at, smoothed, last_checkpoint = state["injected_at"], state["smoothed"], state["step"]
-    for _ in injected_at:
+    state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log": 0}
+    for _ in state["injected_at"]:
         q, target_network = inject(q, target_network, QNetwork(envs, args).to(args.device))
     optimizer = adam(q, args)
+    replay = Replay(folder / "replay", envs.single_observation_space, args)
     if checkpoint:
-        q.load_state_dict(checkpoint["q"])
-        target_network.load_state_dict(checkpoint["target_network"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-    spare = args.eval_every * 17 // 16 if rom(args.env) else 2 * args.eval_every  # steps and ends of episodes
-    replay = Replay(folder / "replay", envs.single_observation_space, args.buffer_size, spare, state["replay"])
+        for name, part in {"q": q, "target_network": target_network, "optimizer": optimizer, "replay": replay}.items():
+            part.load_state_dict(checkpoint[name])
     log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log"])
-    returns, shown, last_row = [], {}, time.perf_counter()
+    returns, logged_at = [], (state["step"], time.perf_counter())
 
-    steps = range(last_checkpoint + 1, args.total_steps + 1)
-    progress = tqdm(steps, initial=last_checkpoint, total=args.total_steps, unit="step", disable=None)
+    steps = range(state["step"] + 1, args.total_steps + 1)
+    progress = tqdm(steps, initial=state["step"], total=args.total_steps, unit="step", disable=None)
     for step in progress:
-        if step == last_checkpoint + 1:
-            envs, obs, rng = fresh_start(args, last_checkpoint)
-            episode_return, batch = 0.0, None
-        if injection_due(args, step, injected_at, smoothed):  # paper 3.1
+        if step == state["step"] + 1:  # the first step, and the first after every checkpoint
+            envs, obs, rng = fresh_start(args, state["step"])
+            episode_return, batch, loss, q_mean, grad_norm = 0.0, None, None, None, None
+        if injection_due(args, step, state["injected_at"], state["smoothed"]):  # paper 3.1
             q, target_network = inject(q, target_network, QNetwork(envs, args).to(args.device))
-            optimizer = adam(q, args)
-            injected_at.append(step)
-            smoothed, batch = None, None
+            optimizer, batch = adam(q, args), None
+            state["injected_at"], state["smoothed"] = [*state["injected_at"], step], None
 
         exploration = epsilon(args, step, replay)
         action = epsilon_greedy(q, obs, exploration, rng)
         next_obs, reward, terminated, truncated, _ = envs.step(action)
-        episode_return += reward[0]
+        episode_return += float(reward[0])
         episode_over = terminated[0] or truncated[0]
-        checkpoint_due = step % args.eval_every == 0 or step == args.total_steps
-        learnt_reward = np.sign(reward[0]) if rom(args.env) else reward[0]  # clipped on Atari, Mnih et al. 2015
-        replay.add(obs[0], action[0], learnt_reward, next_obs[0], terminated[0], episode_over or checkpoint_due)
+        checkpoint_due = step % args.eval_every == 0 or step == args.total_steps  # cuts the episode
+        clipped_reward = np.sign(reward[0]) if rom(args.env) else reward[0]  # Mnih et al. 2015
+        replay.add(obs[0], action[0], clipped_reward, next_obs[0], terminated[0], episode_over or checkpoint_due)
         obs = next_obs
 
         if replay.added > args.learning_starts and step % args.train_frequency == 0:
@@ -613,7 +601,7 @@ def train(args: Args) -> Path:
             target_network.load_state_dict(q.state_dict())
 
         if episode_over:
-            returns.append(float(episode_return))
+            returns.append(episode_return)
             episode_return = 0.0
             obs, _ = envs.reset()
         if args.env == "Digits" and (episode_over or checkpoint_due):
@@ -623,28 +611,23 @@ def train(args: Args) -> Path:
 
         if step % LOG_EVERY == 0 or checkpoint_due:
             row = {"step": step, "epsilon": exploration, "l2_lambda": l2_coefficient(args, step)}
-            row |= {"injections": len(injected_at), "train_return": float(np.mean(returns)) if returns else None}
-            if batch:
-                row |= {"loss": loss.item(), "q_mean": q_mean.item(), "grad_norm": grad_norm.item()}
-                if not math.isfinite(row["loss"]):
-                    raise FloatingPointError(f"The loss is {row['loss']} at step {step}: training has diverged.")
-            row |= metrics.measure(trained(q), batch and batch.obs)
+            row |= {
+                "train_return": float(np.mean(returns)) if returns else None,
+                "injections": len(state["injected_at"]),
+            }
+            row |= measurements(trained(q), batch, loss, q_mean, grad_norm)
             if batch and args.injection_trigger:
-                value = row[args.injection_trigger]
-                smoothed = value if smoothed is None else 0.8 * smoothed + 0.2 * value
+                state["smoothed"] = smooth(state["smoothed"], row[args.injection_trigger])
             if checkpoint_due and args.env != "Digits":
                 row["eval_return"] = evaluate(q, args, step)
-            row["steps_per_second"] = LOG_EVERY / (time.perf_counter() - last_row)
-            log.write(row)
-            shown |= {name: f"{row[name]:.1f}" for name in ("train_return", "eval_return") if row.get(name) is not None}
-            progress.set_postfix(shown)
-            returns, last_row = [], time.perf_counter()
+            log.write(row | {"steps_per_second": (step - logged_at[0]) / (time.perf_counter() - logged_at[1])})
+            progress.set_postfix(
+                {k: f"{row[k]:.0f}" for k in ("train_return", "eval_return") if row.get(k) is not None}
+            )
+            returns, logged_at = [], (step, time.perf_counter())
         if checkpoint_due:
-            state = {"format": CHECKPOINT_FORMAT, "step": step, "injected_at": injected_at, "smoothed": smoothed}
-            state |= {"q": q.state_dict(), "target_network": target_network.state_dict()}
-            state |= {"optimizer": optimizer.state_dict(), "replay": replay.state(), "log": log.sync()}
-            replace_file(folder / "checkpoint.pt", lambda file, state=state: torch.save(state, file))
-            last_checkpoint = step
+            state |= {"step": step, "log": log.sync()}
+            save_checkpoint(folder, state, q=q, target_network=target_network, optimizer=optimizer, replay=replay)
     log.close()
     lock.release()
     (folder / "replay").unlink(missing_ok=True)
