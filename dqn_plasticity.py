@@ -29,6 +29,7 @@ import os
 import signal
 import sys
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -108,9 +109,9 @@ class L2:
     """L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss."""
 
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
-    l2_lambda: float = 1e-4  # constant, periodic: lambda
+    l2_lambda: by_task(1e-5, 1e-4, 1e-4) = None  # constant, periodic: lambda
     l2_start: float = 0.0  # incremental: lambda at the start of the run
-    l2_end: float = 2e-4  # incremental: lambda at its end
+    l2_end: by_task(2e-5, 2e-4, 2e-4) = None  # incremental: lambda at its end
     l2_on_steps: int = 500_000  # periodic: steps with lambda (N in the paper)
     l2_off_steps: int = 100_000  # periodic: steps without it (M), then again
 
@@ -501,6 +502,9 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
     if not path.exists():
         return folder, lock, None
     try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip():  # checks what torch.load does not
+                raise zipfile.BadZipFile
         checkpoint = torch.load(path, map_location=args.device, weights_only=True)
     except Exception as error:  # a damaged file makes torch raise all sorts
         raise UserError(f"{path} cannot be read ({type(error).__name__}); delete it to start this run over") from error
@@ -558,6 +562,8 @@ def train(args: Args) -> Path:
     q = QNetwork(envs, args).to(args.device)
     target_network = copy.deepcopy(q).requires_grad_(False)
     state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log": 0}
+    if state["step"] == args.total_steps:
+        print(f"{folder} is finished; nothing is left to do.")
     for _ in state["injected_at"]:
         q, target_network = inject(q, target_network, QNetwork(envs, args).to(args.device))
     optimizer = adam(q, args)
