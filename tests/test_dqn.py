@@ -17,6 +17,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from gymnasium.utils.env_checker import check_env
 
 import dqn_plasticity as dqn
 import metrics
@@ -385,10 +386,10 @@ def test_digits_labels_change_at_reset_and_only_there_and_follow_the_seed():
 
 
 def test_a_digits_run_has_its_score_per_task_and_no_evaluation():
-    args = dqn.Args(env="Digits", total_steps=6_000)
+    args = dqn.Args(env="Digits", total_steps=6_000, train_frequency=2)
     log = rows(dqn.train(args))
     scores = [float(row["train_return"]) for row in log if row["train_return"]]
-    assert len(scores) == 4 and all(250 < score < 750 for score in scores)  # chance is 150
+    assert len(scores) == 4 and all(200 < score < 750 for score in scores)  # chance is 150
     assert [row["train_return"] != "" for row in log] == [False, True, True, False, True, True]
     assert not any(row["eval_return"] for row in log)
 
@@ -468,7 +469,7 @@ def test_help_shows_every_setting(monkeypatch, capsys):
 KILLED = {
     "CartPole-v1": {"total_steps": 6_000, "eval_every": 500, "learning_starts": 500, "injection_steps": (3_001,)},
     "Digits": {"total_steps": 5_000, "eval_every": 500, "injections": 1},
-    "MsPacman": {"total_steps": 900, "eval_every": 150, "learning_starts": 200, "injection_steps": (451,)},
+    "MsPacman": {"total_steps": 600, "eval_every": 150, "learning_starts": 200, "injection_steps": (301,)},
 }
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dqn_plasticity", "torch._dynamo"])  # imported once, not by every process
