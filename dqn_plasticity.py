@@ -223,7 +223,7 @@ class Digits(gym.Env):
         super().reset(seed=seed)
         self.labels = self.np_random.integers(10, size=100)
         self.image = self.np_random.integers(100)
-        return self.images[self.image], {}
+        return self.images[self.image].copy(), {}
 
     def step(self, action):
         label = self.labels[self.image]
@@ -232,7 +232,7 @@ class Digits(gym.Env):
             self.image = self.np_random.choice(candidates)
         else:
             self.image = self.np_random.integers(100)
-        return self.images[self.image], float(action == label), False, False, {}
+        return self.images[self.image].copy(), float(action == label), False, False, {}
 
 
 gym.register("Digits-v0", Digits, max_episode_steps=1_500)

@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -512,26 +513,34 @@ def test_a_finished_run_says_so(capsys):
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 
-def interrupted_run():
+INTERRUPTED = dqn.Args(env="CartPole-v1", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def interrupted_run(tmp_path_factory):
     """A run stopped in its second evaluation, so that it has a checkpoint of step 1,000."""
-    args, evaluate = dqn.Args(env="CartPole-v1", **SMALL), dqn.evaluate
 
     def stop_at_second(q, args, step):
         if step == 2_000:
             raise KeyboardInterrupt
-        return evaluate(q, args, step)
+        return 0.0
 
-    dqn.evaluate = stop_at_second
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            dqn.train(args)
-    finally:
-        dqn.evaluate = evaluate
-    return args, Path("runs/CartPole-v1__standard__seed1")
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.chdir(folder)
+        patch.setattr(dqn, "evaluate", stop_at_second)
+        dqn.train(INTERRUPTED)
+    return folder / "runs"
 
 
-def test_other_settings_a_second_writer_and_another_format_are_refused():
-    args, folder = interrupted_run()
+@pytest.fixture
+def interrupted(interrupted_run, tmp_path):
+    """The folder of a copy of it."""
+    return next(shutil.copytree(interrupted_run, tmp_path / "runs").iterdir())
+
+
+def test_other_settings_a_second_writer_and_another_format_are_refused(interrupted):
+    args, folder = INTERRUPTED, interrupted
     with pytest.raises(dqn.UserError, match=r"gamma 0.99 \(now 0.5\)"):
         dqn.train(dataclasses.replace(args, gamma=0.5))
     with filelock.FileLock(folder / ".lock"), pytest.raises(dqn.UserError, match="in use"):
@@ -543,8 +552,8 @@ def test_other_settings_a_second_writer_and_another_format_are_refused():
 
 
 @pytest.mark.parametrize("damage", [0, 0.001, 0.3, 0.6, 0.999, "truncated", "empty"])
-def test_a_damaged_checkpoint_is_refused_and_left_alone(damage):
-    args, folder = interrupted_run()
+def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, interrupted):
+    folder = interrupted
     whole = (folder / "checkpoint.pt").read_bytes()
     if damage == "truncated":
         broken = whole[: len(whole) // 2]
@@ -556,7 +565,7 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage):
     (folder / "checkpoint.pt").write_bytes(broken)
     log = (folder / "log.csv").read_bytes()
     with pytest.raises(dqn.UserError, match=r"checkpoint.pt .*delete it"):
-        dqn.train(args)
+        dqn.train(INTERRUPTED)
     assert (folder / "checkpoint.pt").read_bytes() == broken and (folder / "log.csv").read_bytes() == log
 
 
