@@ -66,7 +66,7 @@ def by_task(atari: float, other: float, digits: float) -> type:
 
 @dataclass
 class Run:
-    """What to run. Steps are environment steps. Three defaults are those of [Atari | LunarLander, others | Digits]."""
+    """What to run; a step is one of the environment. Defaults in brackets: [Atari | LunarLander and others | Digits]."""
 
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
@@ -94,14 +94,17 @@ class Learning:
     max_grad_norm: by_task(10.0, 0.0, 0.0) = None  # longer gradients are scaled down to this norm; 0: never
 
 
+EVENLY = tyro.conf.arg(help_behavior_hint="(default: spread evenly over the second half of the run)")
+
+
 @dataclass
 class Injection:
     """Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing."""
 
     injections: int = 0  # how many
-    injection_steps: tuple[int, ...] = ()  # at which steps; left out: spread evenly over the second half of the run
-    injection_trigger: Literal[metrics.METRICS] | None = None  # instead: when this metric, smoothed (0.8), ...
-    injection_threshold: float | None = None  # ... crosses this (weight_magnitude, dormant_units up, others down)
+    injection_steps: Annotated[tuple[int, ...], EVENLY] = ()  # at which steps
+    injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average (0.8) of this metric ...
+    injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
 
 
 @dataclass

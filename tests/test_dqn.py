@@ -386,9 +386,11 @@ def test_digits_labels_change_at_reset_and_only_there_and_follow_the_seed():
     assert len({tuple(labels) for labels in first}) == 3
 
 
-def test_a_digits_run_has_its_score_per_task_and_no_evaluation():
-    args = dqn.Args(env="Digits", total_steps=6_000, train_frequency=2)
-    log = rows(dqn.train(args))
+def test_a_digits_run_has_its_score_per_task_no_evaluation_and_an_empty_replay_for_each_task(monkeypatch):
+    emptied, empty = [], dqn.Replay.empty
+    monkeypatch.setattr(dqn.Replay, "empty", lambda replay: (emptied.append(replay.added), empty(replay)))
+    log = rows(dqn.train(dqn.Args(env="Digits", total_steps=6_000, train_frequency=2)))
+    assert emptied == [1_500] * 4
     scores = [float(row["train_return"]) for row in log if row["train_return"]]
     assert len(scores) == 4 and all(200 < score < 750 for score in scores)  # chance is 150
     assert [row["train_return"] != "" for row in log] == [False, True, True, False, True, True]

@@ -292,7 +292,10 @@ def test_an_injection_changes_nothing_at_that_moment_and_only_the_critic_after_i
     for step in range(1, 12):  # injections before the updates of steps 11 and 13
         for before, after in zip(plain[step - 1], injected[step - 1]):
             assert torch.equal(before, after)
-    assert not torch.equal(plain[11][0], injected[11][0]) and not torch.equal(plain[11][1], injected[11][1])
+    for first_update in (10, 12):  # which reaches the fresh network, and through it both Q and its target
+        for i in (0, 1):
+            assert not torch.equal(injected[first_update][i], injected[first_update + 1][i])
+            assert not torch.equal(plain[first_update + 1][i], injected[first_update + 1][i])
     assert torch.equal(plain[11][2], injected[11][2]) and torch.equal(plain[11][3], injected[11][3])
 
 
@@ -477,6 +480,7 @@ def test_a_triggered_injection():
 )
 def test_a_mistake_ends_with_one_line_and_writes_nothing(flags, message, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["iql_pointmass_finetune.py", *flags.split()])
+    monkeypatch.setattr(iql, "open_run", lambda args: pytest.fail("the run was started"))
     assert iql.main() == 2
     shown = capsys.readouterr().err
     assert message in shown and shown.count("\n") == 1 and shown.startswith("error: ")
