@@ -368,7 +368,7 @@ def l2_coefficient(args: Args, step: int) -> float:
 
 def squared_norm(network: nn.Module) -> torch.Tensor:
     """||phi||^2 over all parameters of the network that trains."""
-    return sum(parameter.square().sum() for parameter in network.parameters())
+    return nn.utils.parameters_to_vector(network.parameters()).square().sum()
 
 
 # ---- replay
