@@ -1,6 +1,6 @@
 """Deep Q-learning that measures its own loss of plasticity, with every remedy of the paper as a flag.
 
-A network that has trained for long stops learning. This file trains one on an Atari game, on LunarLander (or any Gymnasium
+A network that has trained for long may stop learning. This file trains one on an Atari game, on LunarLander (or any Gymnasium
 task with flat observations and discrete actions) or on Digits, which shows the collapse in a minute. It logs what the
 literature proposes as signs of lost plasticity (metrics.py). The update is double DQN (van Hasselt et al. 2016):
 
@@ -58,7 +58,7 @@ COLUMNS += (*metrics.METRICS, "steps_per_second")
 
 # ---- settings
 def by_task(atari: float, other: float, digits: float) -> type:
-    """The type of a setting with one default for Atari games, one for LunarLander and others, one for Digits."""
+    """A setting whose default depends on the task: None until Args.__post_init__ picks one of the three noted here."""
     kind, hint = type(atari), f"[{atari:,} | {other:,} | {digits:,}]"
     flag = tyro.conf.arg(constructor=kind, metavar=kind.__name__.upper(), help_behavior_hint=hint)
     return Annotated[kind | None, (atari, other, digits), flag]
@@ -103,7 +103,7 @@ class Injection:
 
     injections: int = 0  # how many
     injection_steps: Annotated[tuple[int, ...], EVENLY] = ()  # at which steps
-    injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average (0.8) of this metric ...
+    injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
 
 
@@ -115,8 +115,8 @@ class L2:
     l2_lambda: by_task(1e-5, 1e-4, 1e-4) = None  # constant, periodic: lambda
     l2_start: float = 0.0  # incremental: lambda at the start of the run
     l2_end: by_task(2e-5, 2e-4, 2e-4) = None  # incremental: lambda at its end
-    l2_on_steps: int = 500_000  # periodic: steps with lambda (N in the paper)
-    l2_off_steps: int = 100_000  # periodic: steps without it (M), then again
+    l2_on_steps: by_task(500_000, 75_000, 4_000) = None  # periodic: steps with lambda (N in the paper)
+    l2_off_steps: by_task(100_000, 15_000, 800) = None  # periodic: steps without it (M), then again
 
 
 @dataclass
@@ -146,7 +146,12 @@ class Args(Architecture, L2, Injection, Learning, Run):
 
 
 class UserError(Exception):
-    """A user's mistake: main prints it as one line and exits with code 2."""
+    """A user's mistake; main prints it as one line and exits with code 2."""
+
+
+def refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise UserError(message)
 
 
 def check(args: Args) -> None:
@@ -156,30 +161,30 @@ def check(args: Args) -> None:
     check_injections(args, 1, args.total_steps)
     for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
         refuse(getattr(args, name) > 1, f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
-    refuse(
-        args.batch_size > args.buffer_size, f"--batch-size {args.batch_size} exceeds --buffer-size {args.buffer_size}"
-    )
+    refuse(args.buffer_size < max(2, args.batch_size), "--buffer-size must be at least --batch-size, and 2")
     refuse(
         args.learning_starts >= args.total_steps, "--learning-starts must lie before the end of the run, --total-steps"
     )
     refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
+    parts_of_tasks = args.eval_every % 1_500 or args.learning_starts >= 1_500
+    refuse(
+        args.env == "Digits" and parts_of_tasks, "--eval-every must be whole tasks of 1500, --learning-starts below it"
+    )
     if not rom(args.env) and gym_id(args.env) not in gym.registry:
         names = {spec.name for spec in gym.registry.values()} | set(gym.registry)
         close = difflib.get_close_matches(args.env, names, cutoff=0.5) or ["MsPacman", "LunarLander", "Digits"]
-        refuse(True, f"--env {args.env}: no such task; perhaps {' or '.join(close)}?")
+        raise UserError(f"--env {args.env}: no such task; perhaps {' or '.join(close)}?")
     try:
         envs = make_env(args.env)
     except Exception as error:  # whatever a third-party environment raises
         raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
-    actions, observations = envs.single_action_space, envs.single_observation_space
-    discrete, flat = isinstance(actions, gym.spaces.Discrete), rom(args.env) or len(observations.shape or ()) == 1
-    refuse(not discrete, f"--env {args.env} has the actions {actions}; DQN needs Discrete ones")
-    refuse(not flat, f"--env {args.env} has the observations {observations}; needed is a flat Box")
-
-
-def refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise UserError(message)
+    actions, obs = envs.single_action_space, envs.single_observation_space
+    refuse(
+        not isinstance(actions, gym.spaces.Discrete),
+        f"--env {args.env} has actions {actions}; needed are Discrete ones",
+    )
+    flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
+    refuse(not (flat or rom(args.env)), f"--env {args.env} has observations {obs}; needed is a flat Box of float32")
 
 
 def check_numbers(args: Args, above_zero: set[str]) -> None:
@@ -207,7 +212,7 @@ def check_injections(args: Args, first_step: int, last_step: int) -> None:
 
 # ---- environment
 class Digits(gym.Env):
-    """A contextual MDP over 100 handwritten digits whose labels are drawn anew in every episode (Lyle et al. 2023).
+    """A task over 100 handwritten digits whose labels are drawn anew in every episode (Lyle et al. 2023).
 
     Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label, which leads to an image of the next
     label (modulo 10); 0 otherwise, which leads to any image. One episode is one task of 1,500 steps, so its return says
@@ -238,7 +243,7 @@ class Digits(gym.Env):
         return self.images[self.image].copy(), float(action == label), False, False, {}
 
 
-gym.register("Digits-v0", Digits, max_episode_steps=1_500)
+gym.register("Digits", Digits, max_episode_steps=1_500)
 
 
 def rom(env_id: str) -> str | None:
@@ -256,11 +261,16 @@ def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
     """`num_envs` copies of a task. Observations: uint8 (num_envs, 4, 84, 84) of Atari, float (num_envs, n) of others.
 
     Atari as in Mnih et al. 2015, but episodes end with the game, not with a life: up to 30 no-ops at the start, frame skip 4
-    with the maximum over the last two, no sticky actions. Rewards are the game's own.
+    with the maximum over the last two, no sticky actions, FIRE pressed where a game needs it. Rewards are the game's own.
     """
     if rom(env_id):
         return AtariVectorEnv(rom(env_id), num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
     return gym.make_vec(gym_id(env_id), num_envs, vectorization_mode="sync")
+
+
+def seeds(args: Args, step: int) -> list[int]:
+    """Two numbers decided by (seed, step), below 2^31 as emulators need them: for a network, for an environment."""
+    return [int(number >> 1) for number in np.random.SeedSequence((args.seed, step)).generate_state(2)]
 
 
 def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
@@ -269,10 +279,8 @@ def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray
     Training starts afresh like this after every checkpoint, so that a checkpoint needs neither the state of an emulator nor
     that of a random generator, and a run that was killed goes on exactly like one that was not (dqn_zoo does the same).
     """
-    numbers = np.random.SeedSequence((args.seed, step)).generate_state(2) >> 1  # emulators take seeds below 2^31
-    torch.manual_seed(int(numbers[0]))
     envs = make_env(args.env)
-    return envs, envs.reset(seed=int(numbers[1]))[0], np.random.default_rng((args.seed, step))
+    return envs, envs.reset(seed=seeds(args, step)[1])[0], np.random.default_rng((args.seed, step))
 
 
 # ---- network
@@ -306,6 +314,12 @@ class QNetwork(nn.Sequential):
             inputs = envs.single_observation_space.shape[0]
             layers = [*hidden(nn.Linear(inputs, 64), (64,)), *hidden(nn.Linear(64, 64), (64,)), nn.Linear(64, actions)]
             super().__init__(*layers)
+
+
+def fresh_network(envs: gym.vector.VectorEnv, args: Args, step: int) -> QNetwork:
+    """A newly initialised network, decided by (seed, step) alone."""
+    torch.manual_seed(seeds(args, step)[0])
+    return QNetwork(envs, args).to(args.device)
 
 
 # ---- injection
@@ -388,14 +402,17 @@ class Replay:
     between evaluations beyond `buffer_size`, so that a run which is continued from its last checkpoint finds all it had.
     """
 
-    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args):
+    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, new: bool = True):
         self.obs_shape, self.buffer_size = obs_space.shape, args.buffer_size
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
         frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
+        # end: no transition starts here; age: steps since the reset, as far as a stack looks back
         rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("age", "u1")]
-        room = args.eval_every * (17 / 16 if self.stack > 1 else 2)  # with ends of episodes, which are long on Atari
+        room = args.eval_every * (
+            17 / 16 if self.stack > 1 else 2
+        )  # an episode's end takes one more: at worst every step does, on Atari few
         slots = args.buffer_size + int(room) + self.stack
-        self.file = np.memmap(path, [frame, *rest], "r+" if path.exists() else "w+", shape=slots)
+        self.file = np.memmap(path, [frame, *rest], "w+" if new else "r+", shape=slots)
         self.ring = self.file.view(np.ndarray)  # the same memory, without memmap's slow indexing
         # Slots are numbered from the start of the run; slot k lies at k modulo the length of the ring.
         self.next = 0  # slot to be written
@@ -431,17 +448,17 @@ class Replay:
         while (ends := self.ring["end"][slots % len(self.ring)]).any():
             slots[ends] = rng.integers(oldest, self.next, size=ends.sum())
         now = self.ring[slots % len(self.ring)]
-        ages = np.arange(1 - self.stack, 2)  # of the frames in obs and next_obs, relative to the newest in obs
+        ages = np.arange(1 - self.stack, 2)  # the frames of obs, and then the newest of next_obs
         frames = self.ring["frame"][(slots[:, None] + ages) % len(self.ring)]
-        frames[now["age"][:, None] + ages < 0] = 0
-        tensors = [frames[:, :-1].reshape(-1, *self.obs_shape), now["action"].astype(np.int64), now["reward"],
-                   frames[:, 1:].reshape(-1, *self.obs_shape), now["terminated"].astype(np.float32)]  # fmt: skip
-        return Batch(*(torch.as_tensor(np.ascontiguousarray(array), device=device) for array in tensors))
+        frames[now["age"][:, None] + ages < 0] = 0  # before the reset: black, as the environment returns them
+        obs, next_obs = (x.reshape(-1, *self.obs_shape) for x in (frames[:, :-1], frames[:, 1:]))
+        arrays = (obs, now["action"].astype(np.int64), now["reward"], next_obs, now["terminated"].astype(np.float32))
+        return Batch(*(torch.as_tensor(np.ascontiguousarray(array), device=device) for array in arrays))
 
 
 # ---- acting and evaluation
 def epsilon(args: Args, step: int, replay: Replay) -> float:
-    """Linear from start_e to end_e; on Atari from the start of learning on. A new task of Digits starts at random."""
+    """Linear from start_e to end_e, on Atari only once learning starts. In Digits every task starts with random actions."""
     if args.env == "Digits" and replay.added < args.learning_starts:
         return 1.0
     begin = args.learning_starts if rom(args.env) else 0
@@ -542,14 +559,15 @@ def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float)
     return nn.functional.mse_loss(value, td_target), value.detach().mean()
 
 
-def measurements(network: nn.Sequential, batch: Batch | None, loss, q_mean, grad_norm) -> dict[str, float]:
-    """The columns of the log that describe the network that trains and, if there was one, its latest training batch."""
-    if batch is None:
-        return metrics.measure(network, None)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss is {loss.item()}: training has diverged.")
-    row = {"loss": loss.item(), "q_mean": q_mean.item(), "grad_norm": grad_norm.item()}
-    return row | metrics.measure(network, batch.obs)
+def measurements(network: nn.Sequential, update: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The columns of the log that describe the network that trains and its latest update, if there was one."""
+    row = {name: update[name].item() for name in ("loss", "q_mean", "grad_norm") if update}
+    if not all(map(math.isfinite, row.values())):
+        raise FloatingPointError(f"training has diverged: {row}.")
+    try:
+        return row | metrics.measure(network, update.get("obs"))
+    except ValueError as error:
+        raise FloatingPointError(f"training has diverged: {error}.") from error
 
 
 def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
@@ -560,32 +578,30 @@ def train(args: Args) -> Path:
     """Train one agent and return the folder of its run. Raises UserError, and FloatingPointError when training diverges."""
     check(args)
     folder, lock, checkpoint = open_run(args)
-    torch.set_num_threads(torch.get_num_threads() if rom(args.env) else 1)  # one thread beats two on a small network
-    envs, _, _ = fresh_start(args, 0)
-    q = QNetwork(envs, args).to(args.device)
-    target_network = copy.deepcopy(q).requires_grad_(False)
-    state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log": 0}
-    if state["step"] == args.total_steps:
+    if checkpoint and checkpoint["step"] == args.total_steps:
         print(f"{folder} is finished; nothing is left to do.")
-    for _ in state["injected_at"]:
-        q, target_network = inject(q, target_network, QNetwork(envs, args).to(args.device))
+        return folder
+    torch.set_num_threads(torch.get_num_threads() if rom(args.env) else 1)  # one thread beats two on a small network
+    state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log_bytes": 0}
+    envs, obs, rng = fresh_start(args, state["step"])
+    q = fresh_network(envs, args, 0)
+    target_network = copy.deepcopy(q).requires_grad_(False)
+    for step in state["injected_at"]:
+        q, target_network = inject(q, target_network, fresh_network(envs, args, step))
     optimizer = adam(q, args)
-    replay = Replay(folder / "replay", envs.single_observation_space, args)
+    replay = Replay(folder / "replay", envs.single_observation_space, args, new=not checkpoint)
     if checkpoint:
         for name, part in {"q": q, "target_network": target_network, "optimizer": optimizer, "replay": replay}.items():
             part.load_state_dict(checkpoint[name])
-    log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log"])
-    returns, logged_at = [], (state["step"], time.perf_counter())
+    log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log_bytes"])
+    episode_return, returns, update, shown, logged_at = 0.0, [], {}, {}, (state["step"], time.perf_counter())
 
     steps = range(state["step"] + 1, args.total_steps + 1)
     progress = tqdm(steps, initial=state["step"], total=args.total_steps, unit="step", disable=None)
     for step in progress:
-        if step == state["step"] + 1:  # the first step, and the first after every checkpoint
-            envs, obs, rng = fresh_start(args, state["step"])
-            episode_return, batch, loss, q_mean, grad_norm = 0.0, None, None, None, None
         if injection_due(args, step, state["injected_at"], state["smoothed"]):  # paper 3.1
-            q, target_network = inject(q, target_network, QNetwork(envs, args).to(args.device))
-            optimizer, batch = adam(q, args), None
+            q, target_network = inject(q, target_network, fresh_network(envs, args, step))
+            optimizer, update = adam(q, args), {}
             state["injected_at"], state["smoothed"] = [*state["injected_at"], step], None
 
         exploration = epsilon(args, step, replay)
@@ -606,6 +622,7 @@ def train(args: Args) -> Path:
             (loss + l2_lambda * squared_norm(trained(q)) if l2_lambda else loss).backward()  # paper 3.2
             grad_norm = nn.utils.clip_grad_norm_(trained(q).parameters(), args.max_grad_norm or math.inf)
             optimizer.step()
+            update = {"loss": loss.detach(), "q_mean": q_mean, "grad_norm": grad_norm, "obs": batch.obs}
         if step % args.target_network_frequency == 0:
             target_network.load_state_dict(q.state_dict())
 
@@ -624,19 +641,20 @@ def train(args: Args) -> Path:
                 "train_return": float(np.mean(returns)) if returns else None,
                 "injections": len(state["injected_at"]),
             }
-            row |= measurements(trained(q), batch, loss, q_mean, grad_norm)
-            if batch and args.injection_trigger:
+            row |= measurements(trained(q), update)
+            if update and args.injection_trigger:
                 state["smoothed"] = smooth(state["smoothed"], row[args.injection_trigger])
             if checkpoint_due and args.env != "Digits":
                 row["eval_return"] = evaluate(q, args, step)
             log.write(row | {"steps_per_second": (step - logged_at[0]) / (time.perf_counter() - logged_at[1])})
-            progress.set_postfix(
-                {k: f"{row[k]:.0f}" for k in ("train_return", "eval_return") if row.get(k) is not None}
-            )
+            shown |= {name: row[name] for name in ("train_return", "eval_return") if row.get(name) is not None}
+            progress.set_postfix(shown)
             returns, logged_at = [], (step, time.perf_counter())
         if checkpoint_due:
-            state |= {"step": step, "log": log.sync()}
+            state |= {"step": step, "log_bytes": log.sync()}
             save_checkpoint(folder, state, q=q, target_network=target_network, optimizer=optimizer, replay=replay)
+            envs, obs, rng = fresh_start(args, step)
+            episode_return, update = 0.0, {}
     log.close()
     lock.release()
     (folder / "replay").unlink(missing_ok=True)

@@ -340,7 +340,7 @@ def test_all_flags_combine():
 
 
 def test_digits_passes_gymnasiums_own_check():
-    check_env(gym.make("Digits-v0").unwrapped, skip_render_check=True)
+    check_env(gym.make("Digits").unwrapped, skip_render_check=True)
 
 
 def test_digits_rewards_and_transitions_by_hand():
@@ -440,7 +440,10 @@ MISTAKES = {
     "--env Digits --learning-rate 0": "above 0",
     "--env Digits --gamma 1.5": "between 0 and 1",
     "--env Digits --batch-size 2000": "--buffer-size",
-    "--env Digits --learning-starts 60000": "--total-steps",
+    "--env Digits --buffer-size 1 --batch-size 1": "--buffer-size",
+    "--env CartPole-v1 --learning-starts 300000": "--total-steps",
+    "--env Digits --eval-every 1000": "1500",
+    "--env Digits --learning-starts 1500": "1500",
     "--env Digits --total-steps many": "--total-steps",
     "--env Digits --no-such-flag": "--no-such-flag",
     "--env Digits --device tpu": "cuda",
@@ -471,7 +474,7 @@ def test_help_shows_every_setting(monkeypatch, capsys):
 
 KILLED = {
     "CartPole-v1": {"total_steps": 6_000, "eval_every": 500, "learning_starts": 500, "injection_steps": (3_001,)},
-    "Digits": {"total_steps": 5_000, "eval_every": 500, "injections": 1},
+    "Digits": {"total_steps": 7_500, "eval_every": 1_500, "injections": 1},
     "MsPacman": {"total_steps": 600, "eval_every": 150, "learning_starts": 200, "injection_steps": (301,)},
 }
 PROCESSES = multiprocessing.get_context("forkserver")
