@@ -408,9 +408,7 @@ class Replay:
         frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
         # end: no transition starts here; age: steps since the reset, as far as a stack looks back
         rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("age", "u1")]
-        room = args.eval_every * (
-            17 / 16 if self.stack > 1 else 2
-        )  # an episode's end takes one more: at worst every step does, on Atari few
+        room = args.eval_every * (17 / 16 if self.stack > 1 else 2)  # for ends, too: at worst one a step, few on Atari
         slots = args.buffer_size + int(room) + self.stack
         self.file = np.memmap(path, [frame, *rest], "w+" if new else "r+", shape=slots)
         self.ring = self.file.view(np.ndarray)  # the same memory, without memmap's slow indexing
@@ -574,21 +572,27 @@ def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
     return torch.optim.Adam(trained(q).parameters(), args.learning_rate, eps=args.adam_eps, fused=True)
 
 
+def networks(envs: gym.vector.VectorEnv, args: Args, injected_at: list[int]) -> tuple:
+    """Q, the target network and the optimiser as they are at the start of a run, and after injections at these steps."""
+    q = fresh_network(envs, args, 0)
+    target_network = copy.deepcopy(q).requires_grad_(False)
+    for step in injected_at:
+        q, target_network = inject(q, target_network, fresh_network(envs, args, step))
+    return q, target_network, adam(q, args)
+
+
 def train(args: Args) -> Path:
     """Train one agent and return the folder of its run. Raises UserError, and FloatingPointError when training diverges."""
     check(args)
     folder, lock, checkpoint = open_run(args)
     if checkpoint and checkpoint["step"] == args.total_steps:
         print(f"{folder} is finished; nothing is left to do.")
+        lock.release()
         return folder
     torch.set_num_threads(torch.get_num_threads() if rom(args.env) else 1)  # one thread beats two on a small network
     state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log_bytes": 0}
     envs, obs, rng = fresh_start(args, state["step"])
-    q = fresh_network(envs, args, 0)
-    target_network = copy.deepcopy(q).requires_grad_(False)
-    for step in state["injected_at"]:
-        q, target_network = inject(q, target_network, fresh_network(envs, args, step))
-    optimizer = adam(q, args)
+    q, target_network, optimizer = networks(envs, args, state["injected_at"])
     replay = Replay(folder / "replay", envs.single_observation_space, args, new=not checkpoint)
     if checkpoint:
         for name, part in {"q": q, "target_network": target_network, "optimizer": optimizer, "replay": replay}.items():
@@ -637,17 +641,15 @@ def train(args: Args) -> Path:
 
         if step % LOG_EVERY == 0 or checkpoint_due:
             row = {"step": step, "epsilon": exploration, "l2_lambda": l2_coefficient(args, step)}
-            row |= {
-                "train_return": float(np.mean(returns)) if returns else None,
-                "injections": len(state["injected_at"]),
-            }
-            row |= measurements(trained(q), update)
+            row |= {"injections": len(state["injected_at"])} | measurements(trained(q), update)
+            if returns:
+                row["train_return"] = float(np.mean(returns))
             if update and args.injection_trigger:
                 state["smoothed"] = smooth(state["smoothed"], row[args.injection_trigger])
             if checkpoint_due and args.env != "Digits":
                 row["eval_return"] = evaluate(q, args, step)
             log.write(row | {"steps_per_second": (step - logged_at[0]) / (time.perf_counter() - logged_at[1])})
-            shown |= {name: row[name] for name in ("train_return", "eval_return") if row.get(name) is not None}
+            shown |= {name: row[name] for name in ("train_return", "eval_return") if name in row}
             progress.set_postfix(shown)
             returns, logged_at = [], (step, time.perf_counter())
         if checkpoint_due:

@@ -506,7 +506,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_log(env_id, tmp
         process.join()
         kills += not finished
     (whole,), (killed,) = [list((tmp_path / name / "runs").iterdir()) for name in ("whole", "killed")]
-    assert log_without_speed(whole) == log_without_speed(killed) and len(log_without_speed(whole)) > 5
+    assert log_without_speed(whole) == log_without_speed(killed) and len(log_without_speed(whole)) >= 5
 
 
 def test_a_finished_run_says_so(capsys):
