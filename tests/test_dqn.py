@@ -470,6 +470,18 @@ def test_help_shows_every_setting(monkeypatch, capsys):
     assert all(f"--{name.replace('_', '-')}" in text for name in vars(dqn.Args()))
 
 
+def test_the_readme_names_every_flag_and_its_defaults():
+    readme = (SCRIPT.parent / "README.md").read_text().splitlines()
+    tasks = [vars(dqn.Args(env=env)) for env in ("MsPacman", "LunarLander", "Digits")]
+    for name, value in tasks[0].items():
+        _, _, default, *_ = next(line for line in readme if line.startswith(f"| `--{name.replace('_', '-')}` |")).split(
+            "|"
+        )
+        if type(value) in (int, float):
+            shown = [float(part.replace(",", "")) for part in default.split("/")]
+            assert shown == [task[name] for task in tasks][: len(shown)], name
+
+
 # ---- runs that survive
 
 KILLED = {
