@@ -112,9 +112,9 @@ class L2:
     """L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss."""
 
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
-    l2_lambda: by_task(1e-5, 1e-4, 1e-4) = None  # constant, periodic: lambda
+    l2_lambda: by_task(1e-5, 1e-3, 1e-4) = None  # constant, periodic: lambda
     l2_start: float = 0.0  # incremental: lambda at the start of the run
-    l2_end: by_task(2e-5, 2e-4, 2e-4) = None  # incremental: lambda at its end
+    l2_end: by_task(2e-5, 2e-3, 2e-4) = None  # incremental: lambda at its end
     l2_on_steps: by_task(500_000, 75_000, 4_000) = None  # periodic: steps with lambda (N in the paper)
     l2_off_steps: by_task(100_000, 15_000, 800) = None  # periodic: steps without it (M), then again
 

@@ -301,12 +301,11 @@ def test_an_injection_changes_nothing_at_that_moment_and_only_the_critic_after_i
 
 def test_injected_networks_train_f1_alone_and_agree_on_the_fresh_network():
     args = small_args()
-    torch.manual_seed(0)
-    h, lagging = iql.q_network(args), iql.q_network(args).requires_grad_(False)
+    h, lagging = iql.fresh_q(args, 0), iql.fresh_q(args, 1).requires_grad_(False)
     obs = torch.rand(64, 2)
     q_before, target_before = h(obs), lagging(obs)
-    q, target_network = iql.inject(h, lagging, iql.q_network(args))
-    q, target_network = iql.inject(q, target_network, iql.q_network(args))
+    q, target_network = iql.inject(h, lagging, iql.fresh_q(args, 2))
+    q, target_network = iql.inject(q, target_network, iql.fresh_q(args, 3))
     assert torch.equal(q(obs), q_before) and torch.equal(target_network(obs), target_before)
     for a, b in zip(q.f1.parameters(), target_network.f1.parameters()):
         assert torch.equal(a, b) and a is not b
@@ -319,6 +318,18 @@ def test_injected_networks_train_f1_alone_and_agree_on_the_fresh_network():
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(frozen, [p for part in (q.h, q.f2) for p in part.parameters()]))
     assert not torch.equal(q(obs), q_before)
+
+
+def test_an_injected_network_is_not_the_first_one_again(monkeypatch):
+    injected, inject = [], iql.inject
+
+    def recording_inject(q, target_network, fresh):
+        injected.append((q[0].weight - fresh[0].weight).abs().max())
+        return inject(q, target_network, fresh)
+
+    monkeypatch.setattr(iql, "inject", recording_inject)
+    iql.train(small_args(injection_steps=(3,), online_steps=0, eval_every=20))
+    assert len(injected) == 1 and injected[0] > 0.1
 
 
 def test_both_scripts_hold_the_same_code():
