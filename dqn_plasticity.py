@@ -145,71 +145,6 @@ class Args(Architecture, L2, Injection, Learning, Run):
             self.injection_steps = tuple(half + i * half // self.injections for i in range(self.injections))
 
 
-class UserError(Exception):
-    """A user's mistake; main prints it as one line and exits with code 2."""
-
-
-def refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise UserError(message)
-
-
-def check(args: Args) -> None:
-    """Raise UserError, saying what is wrong and what would be right, before anything is written."""
-    above_zero = {"total_steps", "eval_every", "eval_episodes", "learning_rate", "batch_size", "train_frequency"}
-    check_numbers(args, above_zero | {"target_network_frequency", "l2_on_steps"})
-    check_injections(args, 1, args.total_steps)
-    for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
-        refuse(getattr(args, name) > 1, f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
-    refuse(args.buffer_size < max(2, args.batch_size), "--buffer-size must be at least --batch-size, and 2")
-    refuse(
-        args.learning_starts >= args.total_steps, "--learning-starts must lie before the end of the run, --total-steps"
-    )
-    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
-    parts_of_tasks = args.eval_every % 1_500 or args.learning_starts >= 1_500
-    refuse(
-        args.env == "Digits" and parts_of_tasks, "--eval-every must be whole tasks of 1500, --learning-starts below it"
-    )
-    if not rom(args.env) and gym_id(args.env) not in gym.registry:
-        names = {spec.name for spec in gym.registry.values()} | set(gym.registry)
-        close = difflib.get_close_matches(args.env, names, cutoff=0.5) or ["MsPacman", "LunarLander", "Digits"]
-        raise UserError(f"--env {args.env}: no such task; perhaps {' or '.join(close)}?")
-    try:
-        envs = make_env(args.env)
-    except Exception as error:  # whatever a third-party environment raises
-        raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
-    actions, obs = envs.single_action_space, envs.single_observation_space
-    refuse(
-        not isinstance(actions, gym.spaces.Discrete),
-        f"--env {args.env} has actions {actions}; needed are Discrete ones",
-    )
-    flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
-    refuse(not (flat or rom(args.env)), f"--env {args.env} has observations {obs}; needed is a flat Box of float32")
-
-
-def check_numbers(args: Args, above_zero: set[str]) -> None:
-    """Every number is finite and not negative, and those named are above zero."""
-    for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            bound = "above 0" if name in above_zero else "0 or more"
-            wrong = not 0 <= value < math.inf or (value == 0 and name in above_zero)
-            refuse(wrong, f"--{name.replace('_', '-')} {value} must be {bound}")
-
-
-def check_injections(args: Args, first_step: int, last_step: int) -> None:
-    """The injection settings agree with each other and with the steps in which injections are possible."""
-    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    refuse((trigger is None) != (args.injection_threshold is None), "--injection-trigger needs --injection-threshold")
-    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
-    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
-    refuse(
-        not trigger and len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}"
-    )
-    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
-    outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
-    refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
-
-
 # ---- environment
 class Digits(gym.Env):
     """A task over 100 handwritten digits whose labels are drawn anew in every episode (Lyle et al. 2023).
@@ -281,6 +216,72 @@ def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray
     """
     envs = make_env(args.env)
     return envs, envs.reset(seed=seeds(args, step)[1])[0], np.random.default_rng((args.seed, step))
+
+
+# ---- checks of the settings
+class UserError(Exception):
+    """A user's mistake; main prints it as one line and exits with code 2."""
+
+
+def refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise UserError(message)
+
+
+def check(args: Args) -> None:
+    """Raise UserError, saying what is wrong and what would be right, before anything is written."""
+    above_zero = {"total_steps", "eval_every", "eval_episodes", "learning_rate", "batch_size", "train_frequency"}
+    check_numbers(args, above_zero | {"target_network_frequency", "l2_on_steps"})
+    check_injections(args, 1, args.total_steps)
+    for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
+        refuse(getattr(args, name) > 1, f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
+    refuse(args.buffer_size < max(2, args.batch_size), "--buffer-size must be at least --batch-size, and 2")
+    refuse(
+        args.learning_starts >= args.total_steps, "--learning-starts must lie before the end of the run, --total-steps"
+    )
+    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
+    parts_of_tasks = args.eval_every % 1_500 or args.learning_starts >= 1_500
+    refuse(
+        args.env == "Digits" and parts_of_tasks, "--eval-every must be whole tasks of 1500, --learning-starts below it"
+    )
+    if not rom(args.env) and gym_id(args.env) not in gym.registry:
+        names = {spec.name for spec in gym.registry.values()} | set(gym.registry)
+        close = difflib.get_close_matches(args.env, names, cutoff=0.5) or ["MsPacman", "LunarLander", "Digits"]
+        raise UserError(f"--env {args.env}: no such task; perhaps {' or '.join(close)}?")
+    try:
+        envs = make_env(args.env)
+    except Exception as error:  # whatever a third-party environment raises
+        raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
+    actions, obs = envs.single_action_space, envs.single_observation_space
+    refuse(
+        not isinstance(actions, gym.spaces.Discrete),
+        f"--env {args.env} has actions {actions}; needed are Discrete ones",
+    )
+    flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
+    refuse(not (flat or rom(args.env)), f"--env {args.env} has observations {obs}; needed is a flat Box of float32")
+
+
+def check_numbers(args: Args, above_zero: set[str]) -> None:
+    """Every number is finite and not negative, and those named are above zero."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            bound = "above 0" if name in above_zero else "0 or more"
+            wrong = not 0 <= value < math.inf or (value == 0 and name in above_zero)
+            refuse(wrong, f"--{name.replace('_', '-')} {value} must be {bound}")
+
+
+def check_injections(args: Args, first_step: int, last_step: int) -> None:
+    """The injection settings agree with each other and with the steps in which injections are possible."""
+    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
+    refuse((trigger is None) != (args.injection_threshold is None), "--injection-trigger needs --injection-threshold")
+    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
+    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
+    refuse(
+        not trigger and len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}"
+    )
+    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
+    outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
+    refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
 
 
 # ---- network
@@ -541,7 +542,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict, **parts) -> None:
-    """Save plain values and whatever has a state_dict. The frames of the replay are in its file already."""
+    """Save plain values and the state_dict of everything that has one."""
     whole = state | {name: part.state_dict() for name, part in parts.items()}
     replace_file(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
 

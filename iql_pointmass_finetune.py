@@ -573,7 +573,7 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_checkpoint(folder: Path, state: dict, **parts) -> None:
-    """Save plain values and whatever has a state_dict. The frames of the replay are in its file already."""
+    """Save plain values and the state_dict of everything that has one."""
     whole = state | {name: part.state_dict() for name, part in parts.items()}
     replace_file(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
 
