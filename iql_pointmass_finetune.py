@@ -103,8 +103,8 @@ class L2:
     l2_lambda: float = 1e-4  # constant, periodic: lambda
     l2_start: float = 0.0  # incremental: lambda at the start of the run
     l2_end: float = 2e-4  # incremental: lambda at its end
-    l2_on_steps: int = 500_000  # periodic: steps with lambda (N in the paper)
-    l2_off_steps: int = 100_000  # periodic: steps without it (M), then again
+    l2_on_steps: int = 50_000  # periodic: steps with lambda (N in the paper)
+    l2_off_steps: int = 10_000  # periodic: steps without it (M), then again
 
 
 @dataclass
