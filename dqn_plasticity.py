@@ -285,15 +285,14 @@ def check_injections(args: Args, first_step: int, last_step: int) -> None:
 
 
 # ---- network
-class Scale(nn.Module):
-    """Pixels 0..255 to floats 0..1."""
-
-    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
-        return pixels.float() / 255
+def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
+    """Observations as networks take them: pixels 0..255 become floats 0..1, flat observations are floats already."""
+    obs = torch.as_tensor(obs, device=device)
+    return obs.float().div_(255) if obs.dtype == torch.uint8 else obs
 
 
 class QNetwork(nn.Sequential):
-    """Observations (batch, ...) to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
+    """network_input(observations), (batch, ...), to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         def hidden(layer: nn.Module, shape: tuple[int, ...]) -> list[nn.Module]:
@@ -303,7 +302,6 @@ class QNetwork(nn.Sequential):
         actions = int(envs.single_action_space.n)
         if rom(args.env):
             super().__init__(
-                Scale(),
                 *hidden(nn.Conv2d(4, 32, 8, stride=4), (32, 20, 20)),
                 *hidden(nn.Conv2d(32, 64, 4, stride=2), (64, 9, 9)),
                 *hidden(nn.Conv2d(64, 64, 3, stride=1), (64, 7, 7)),
@@ -320,7 +318,7 @@ class QNetwork(nn.Sequential):
 def fresh_network(envs: gym.vector.VectorEnv, args: Args, step: int) -> QNetwork:
     """A newly initialised network, decided by (seed, step) alone."""
     torch.manual_seed(seeds(args, step)[0])
-    return QNetwork(envs, args).to(args.device)
+    return QNetwork(envs, args).to(args.device, memory_format=torch.channels_last)  # convolutions run faster so
 
 
 # ---- injection
@@ -383,7 +381,7 @@ def l2_coefficient(args: Args, step: int) -> float:
 
 def squared_norm(network: nn.Module) -> torch.Tensor:
     """||phi||^2 over all parameters of the network that trains."""
-    return nn.utils.parameters_to_vector(network.parameters()).square().sum()
+    return torch.cat([parameter.flatten() for parameter in network.parameters()]).square().sum()
 
 
 # ---- replay
@@ -450,9 +448,11 @@ class Replay:
         ages = np.arange(1 - self.stack, 2)  # the frames of obs, and then the newest of next_obs
         frames = self.ring["frame"][(slots[:, None] + ages) % len(self.ring)]
         frames[now["age"][:, None] + ages < 0] = 0  # before the reset: black, as the environment returns them
+        frames = network_input(frames, device)
         obs, next_obs = (x.reshape(-1, *self.obs_shape) for x in (frames[:, :-1], frames[:, 1:]))
-        arrays = (obs, now["action"].astype(np.int64), now["reward"], next_obs, now["terminated"].astype(np.float32))
-        return Batch(*(torch.as_tensor(np.ascontiguousarray(array), device=device) for array in arrays))
+        arrays = now["action"].astype(np.int64), now["reward"].copy(), now["terminated"].astype(np.float32)
+        action, reward, terminated = (torch.as_tensor(array, device=device) for array in arrays)
+        return Batch(obs, action, reward, next_obs, terminated)
 
 
 # ---- acting and evaluation
@@ -472,7 +472,7 @@ def epsilon_greedy(q: nn.Module, obs: np.ndarray, epsilon: float, rng: np.random
     actions = rng.integers(output_layer.out_features, size=len(obs))
     greedy = rng.random(len(obs)) >= epsilon
     if greedy.any():
-        inputs = torch.as_tensor(obs[greedy], device=output_layer.weight.device)
+        inputs = network_input(obs[greedy], output_layer.weight.device)
         actions[greedy] = q(inputs).argmax(1).cpu().numpy()
     return actions
 
@@ -548,11 +548,27 @@ def save_checkpoint(folder: Path, state: dict, **parts) -> None:
 
 
 # ---- training
+def q_and_target(q: nn.Module, target_network: nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Q(s) and Q_target(s). After an injection, what both hold frozen runs once: four networks instead of six."""
+    if not isinstance(q, Injected):
+        return q(obs), target_network(obs)
+    h, f2 = q.h(obs), q.f2(obs)
+    target_h = h if target_network.h is q.h else target_network.h(obs)
+    return h + (q.f1(obs) - f2), target_h + (target_network.f1(obs) - f2)
+
+
+def copy_to_target(q: nn.Module, target_network: nn.Module) -> None:
+    """Copy Q's parameters; from its first copy after an injection on, the target shares the frozen h."""
+    target_network.load_state_dict(q.state_dict())
+    if isinstance(q, Injected):
+        target_network.h = q.h
+
+
 def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
     """mean (y - Q(s, a))^2 with the double-Q target y (van Hasselt et al. 2016), and the mean of Q(s, a)."""
     with torch.no_grad():
-        next_action = q(batch.next_obs).argmax(1, keepdim=True)
-        next_value = target_network(batch.next_obs).gather(1, next_action).squeeze(1)
+        next_q, next_target = q_and_target(q, target_network, batch.next_obs)
+        next_value = next_target.gather(1, next_q.argmax(1, keepdim=True)).squeeze(1)
         td_target = batch.reward + gamma * (1 - batch.terminated) * next_value
     value = q(batch.obs).gather(1, batch.action[:, None]).squeeze(1)
     return nn.functional.mse_loss(value, td_target), value.detach().mean()
@@ -629,7 +645,7 @@ def train(args: Args) -> Path:
             optimizer.step()
             update = {"loss": loss.detach(), "q_mean": q_mean, "grad_norm": grad_norm, "obs": batch.obs}
         if step % args.target_network_frequency == 0:
-            target_network.load_state_dict(q.state_dict())
+            copy_to_target(q, target_network)
 
         if episode_over:
             returns.append(episode_return)

@@ -347,7 +347,7 @@ def l2_coefficient(args: Args, step: int) -> float:
 
 def squared_norm(network: nn.Module) -> torch.Tensor:
     """||phi||^2 over all parameters of the network that trains."""
-    return nn.utils.parameters_to_vector(network.parameters()).square().sum()
+    return torch.cat([parameter.flatten() for parameter in network.parameters()]).square().sum()
 
 
 # ---- replay and data

@@ -58,7 +58,7 @@ def play(env_id, steps, cut_every=10**9):
 @pytest.fixture(scope="module")
 def frames():
     """256 real game frames, stacked."""
-    return torch.as_tensor(np.stack([t[0] for t in list(play("MsPacman", 512))[::2]]))
+    return dqn.network_input(np.stack([t[0] for t in list(play("MsPacman", 512))[::2]]))
 
 
 # ---- the remedies
@@ -84,6 +84,21 @@ def test_injection_changes_no_value_of_online_or_target_network_by_a_bit(frames,
         optimizer.step()
         assert not torch.equal(q(obs[:8]), before[0][:8])
     assert isinstance(q.h, dqn.Injected) and isinstance(target.h, dqn.Injected)
+
+
+def test_sharing_what_is_frozen_changes_no_value_by_a_bit(frames):
+    args, envs = dqn.Args(env="MsPacman", device="cpu"), dqn.make_env("MsPacman")
+    q, target = dqn.fresh_network(envs, args, 0), dqn.fresh_network(envs, args, 1).requires_grad_(False)
+    for step in (2, 3):
+        q, target = dqn.inject(q, target, dqn.fresh_network(envs, args, step))
+        q.f1[0].weight.data.mul_(1.5)
+        for copied in (False, True):
+            if copied:
+                dqn.copy_to_target(q, target)
+            assert (target.h is q.h) == copied
+            with torch.no_grad():
+                assert all(map(torch.equal, dqn.q_and_target(q, target, frames), (q(frames), target(frames))))
+                assert torch.equal(q(frames), target(frames)) == copied
 
 
 def test_after_an_injection_exactly_f1_trains_in_a_real_run(monkeypatch):
@@ -160,7 +175,7 @@ def test_layer_norm_and_leaky_relu_are_where_the_paper_puts_them():
     args = dqn.Args(env="MsPacman", layer_norm=True, leaky_relu=True)
     names = [type(layer).__name__ for layer in dqn.QNetwork(dqn.make_env("MsPacman"), args)]
     hidden = ["LayerNorm", "LeakyReLU"]
-    assert names == ["Scale", *["Conv2d", *hidden] * 3, "Flatten", "Linear", *hidden, "Linear"]
+    assert names == [*["Conv2d", *hidden] * 3, "Flatten", "Linear", *hidden, "Linear"]
 
 
 # ---- when to inject
@@ -221,7 +236,8 @@ def test_replay_gives_back_the_observations_to_the_byte_across_episodes_and_the_
             for i, transition in enumerate(batch.reward.int().tolist()):
                 assert number - transition <= args.buffer_size
                 obs, action, next_obs, terminated = recorded[transition]
-                assert np.array_equal(batch.obs[i].numpy(), obs) and np.array_equal(batch.next_obs[i].numpy(), next_obs)
+                for stored, returned in ((batch.obs[i], obs), (batch.next_obs[i], next_obs)):
+                    assert torch.equal(stored, dqn.network_input(returned))  # which maps no two pixels to one number
                 assert batch.action[i] == action and batch.terminated[i] == terminated
                 checked, terminal = checked + 1, terminal + terminated
     assert replay.next > 2 * len(replay.ring) and terminal > 0 and checked > 2_000
@@ -498,6 +514,7 @@ KILLED = {
     "Digits": {"total_steps": 7_500, "eval_every": 1_500, "injections": 1},
     "MsPacman": {"total_steps": 600, "eval_every": 150, "learning_starts": 200, "injection_steps": (301,)},
 }
+KILLED["MsPacman"]["target_network_frequency"] = 100  # so that the target shares what is frozen, or not, at a kill
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dqn_plasticity", "torch._dynamo"])  # imported once, not by every process
 
