@@ -286,9 +286,14 @@ def check_injections(args: Args, first_step: int, last_step: int) -> None:
 
 # ---- network
 def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
-    """Observations as networks take them: pixels 0..255 become floats 0..1, flat observations are floats already."""
+    """Observations as networks take them: pixels 0..255 become floats 0..1, flat observations are floats already.
+
+    Once for each batch, and in the memory layout in which convolutions run fastest.
+    """
     obs = torch.as_tensor(obs, device=device)
-    return obs.float().div_(255) if obs.dtype == torch.uint8 else obs
+    if obs.dtype != torch.uint8:
+        return obs
+    return obs.float().div_(255).contiguous(memory_format=torch.channels_last)
 
 
 class QNetwork(nn.Sequential):
@@ -318,7 +323,7 @@ class QNetwork(nn.Sequential):
 def fresh_network(envs: gym.vector.VectorEnv, args: Args, step: int) -> QNetwork:
     """A newly initialised network, decided by (seed, step) alone."""
     torch.manual_seed(seeds(args, step)[0])
-    return QNetwork(envs, args).to(args.device, memory_format=torch.channels_last)  # convolutions run faster so
+    return QNetwork(envs, args).to(args.device, memory_format=torch.channels_last)
 
 
 # ---- injection
@@ -448,11 +453,10 @@ class Replay:
         ages = np.arange(1 - self.stack, 2)  # the frames of obs, and then the newest of next_obs
         frames = self.ring["frame"][(slots[:, None] + ages) % len(self.ring)]
         frames[now["age"][:, None] + ages < 0] = 0  # before the reset: black, as the environment returns them
-        frames = network_input(frames, device)
         obs, next_obs = (x.reshape(-1, *self.obs_shape) for x in (frames[:, :-1], frames[:, 1:]))
         arrays = now["action"].astype(np.int64), now["reward"].copy(), now["terminated"].astype(np.float32)
         action, reward, terminated = (torch.as_tensor(array, device=device) for array in arrays)
-        return Batch(obs, action, reward, next_obs, terminated)
+        return Batch(network_input(obs, device), action, reward, network_input(next_obs, device), terminated)
 
 
 # ---- acting and evaluation
@@ -576,6 +580,8 @@ def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float)
 
 def measurements(network: nn.Sequential, update: dict[str, torch.Tensor]) -> dict[str, float]:
     """The columns of the log that describe the network that trains and its latest update, if there was one."""
+    if update and "grad_norm" not in update:  # not clipped, so the gradients are still as they were
+        update["grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
     row = {name: update[name].item() for name in ("loss", "q_mean", "grad_norm") if update}
     if not all(map(math.isfinite, row.values())):
         raise FloatingPointError(f"training has diverged: {row}.")
@@ -641,9 +647,10 @@ def train(args: Args) -> Path:
             l2_lambda = l2_coefficient(args, step)
             optimizer.zero_grad()
             (loss + l2_lambda * squared_norm(trained(q)) if l2_lambda else loss).backward()  # paper 3.2
-            grad_norm = nn.utils.clip_grad_norm_(trained(q).parameters(), args.max_grad_norm or math.inf)
+            update = {"loss": loss.detach(), "q_mean": q_mean, "obs": batch.obs}
+            if args.max_grad_norm:
+                update["grad_norm"] = nn.utils.clip_grad_norm_(trained(q).parameters(), args.max_grad_norm)
             optimizer.step()
-            update = {"loss": loss.detach(), "q_mean": q_mean, "grad_norm": grad_norm, "obs": batch.obs}
         if step % args.target_network_frequency == 0:
             copy_to_target(q, target_network)
 
