@@ -30,7 +30,12 @@ def command(monkeypatch, capsys):
     def run(*arguments, columns=("eval_return",)):
         monkeypatch.setattr(plot, "COLUMNS", {column: column for column in columns})
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
-        return (plot.main(), *capsys.readouterr())
+        try:
+            plot.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
 
     return run
 
@@ -46,8 +51,8 @@ def write_run(root, name, returns, erank=10.0, total=None, **settings):
     return folder
 
 
-def draw(log, columns, **settings):
-    return plot.draw_figure(log, columns, plot.line_styles(list(log.label.unique())), plot.Args(**settings))
+def draw(log, columns, smooth=0.8, estimator="mean"):
+    return plot.draw_figure(log, columns, smooth, estimator)
 
 
 def read(*folders):
@@ -143,7 +148,7 @@ def test_digits_table_has_the_first_and_the_last_tasks(tmp_path):
         folder = write_run(tmp_path, f"Digits__standard__seed{seed}", [0] * 20)
         rows = [f"{1_500 * (i + 1)},{15 * value},,0,10,50" for i, value in enumerate(values)]
         (folder / "log.csv").write_text("\n".join([",".join(DQN), *rows, ""]))
-    (row,) = plot.table(read(tmp_path), ["standard"], "mean").to_dict("records")
+    (row,) = plot.table(read(tmp_path), "mean").to_dict("records")
     assert row["score, first 8 tasks"] == "23.5 [13.5, 33.5]"  # 10..17 and 30..37
     assert row["score, last 8 tasks"] == "35.5 [25.5, 45.5]"
     assert row["seeds"] == "2" and row["erank"] == "10"
@@ -210,7 +215,7 @@ def test_a_variant_has_the_same_colour_in_every_figure():
     assert some["layer-norm"] == all_of_them["layer-norm"]
     assert len({style["color"] for style in all_of_them.values()}) == len(all_of_them) == 9
     sweep = plot.line_styles(
-        ["l2-constant", "l2-constant (l2_lambda=0.1)", "layer-norm", "layer-norm+injection-2", "new"]
+        ["l2-constant", "l2-constant, l2_lambda=0.1", "layer-norm", "layer-norm+injection-2", "new"]
     )
     assert len({(*style["color"], style["linestyle"]) for style in sweep.values()}) == 5
     assert sweep["layer-norm"] == some["layer-norm"]
@@ -223,7 +228,7 @@ def test_other_settings_are_another_line_and_the_same_run_counts_once(tmp_path, 
     shutil.copytree(tmp_path / "b", tmp_path / "copy of b")
     assert command(tmp_path)[2].count("another folder holds the same run") == 2
     runs = read(tmp_path).groupby("label").run.nunique()
-    assert runs.to_dict() == {"l2-constant (l2_lambda=0.001)": 2, "l2-constant (l2_lambda=0.01)": 2}
+    assert runs.to_dict() == {"l2-constant, l2_lambda=0.001": 2, "l2-constant, l2_lambda=0.01": 2}
 
 
 def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
@@ -260,10 +265,10 @@ def test_a_variant_without_any_value_yet_is_left_out_of_its_panel(tmp_path, comm
     ("arguments", "message"),
     [
         (["empty"], "no run in empty"),
-        (["missing"], "missing is no folder"),
+        (["missing"], "No such file or directory: 'missing'"),
         (["empty", "--smooth", "1"], "--smooth has to be at least 0 and below 1, not 1"),
-        (["empty", "--smooth", "much"], "Error parsing --smooth"),
-        (["empty", "--colour", "red"], "Unrecognized options: --colour"),
+        (["empty", "--smooth", "much"], "argument --smooth: invalid float value: 'much'"),
+        (["empty", "--colour", "red"], "unrecognized arguments: --colour"),
         (["runs", "--out", "file/figures"], "Not a directory"),
     ],
 )
