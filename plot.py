@@ -8,7 +8,6 @@ has no band. Runs of one variant whose settings differ are never averaged: each 
 import argparse
 import io
 import json
-import math
 import os
 import sys
 import textwrap
@@ -74,7 +73,7 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
             left_out.append(f"left out {folder}: {error}")
     if not logs:
         raise ValueError("; ".join([f"no run in {', '.join(map(str, folders))}", *left_out]))
-    print(*left_out, sep="\n", end="\n" * bool(left_out), file=sys.stderr)
+    sys.stderr.writelines(f"{reason}\n" for reason in left_out)
     for (_, variant), runs in pd.DataFrame(settings).T.groupby(["env", "variant"]):
         differing = [key for key in runs if key != "seed" and runs[key].nunique() > 1]
         for run, values in runs[differing].iterrows():
@@ -114,6 +113,7 @@ def summarise(runs: pd.DataFrame, estimator: str) -> pd.DataFrame:
 def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator: str) -> None:
     """One panel: lines with bands, injections, known levels and the offline part."""
     styles = line_styles(log.label.cat.categories)
+    smooth = 0 if column == "score" else smooth  # a score is a mean over a whole task already
     for label, runs in log.dropna(subset=column).groupby("label"):
         seeds, colour = runs.run.nunique(), styles[label]["color"]
         name = f"{label} ({seeds} seeds)" if seeds > 1 else f"{label} (1 seed: no band)"
@@ -140,17 +140,17 @@ def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator:
 
 def draw_figure(log: pd.DataFrame, columns: list[str], smooth: float, estimator: str) -> plt.Figure:
     """One column, or several as small multiples with a shared x axis; the legend is to the right of the last panel."""
-    title = f"{estimator.replace('iqm', 'interquartile mean')} over seeds, 95 % bootstrap interval"
-    if log.groupby("label").run.nunique().max() == 1:
-        title = "single runs"
+    several = log.groupby("label").run.nunique().max() > 1
+    estimate = f"{estimator.replace('iqm', 'interquartile mean')} over seeds, 95 % bootstrap interval"
+    title = f"{log.env.iloc[0]}: {estimate if several else 'single runs'}"
     x_label = "offline updates, then environment steps" if "phase" in log else "environment steps"
     unit, letter = (1_000_000, "M") if log.step.max() >= 1_000_000 else (1_000, "k")
     if columns == ["score"]:
         log = log.assign(step=log.step // DIGITS_TASK)  # the score is in the first row after the end of its task
-        unit, letter, x_label, smooth = 1, "", "task (1,500 steps each)", 0
-    if smooth:
+        unit, letter, x_label = 1, "", "task (1,500 steps each)"
+    elif smooth:
         title += f", moving average {smooth:g}"
-    rows, across = (1, 1) if len(columns) == 1 else (2, math.ceil(len(columns) / 2))
+    rows, across = min(len(columns), 2), (len(columns) + 1) // 2
     figure = plt.figure(figsize=(7, 4) if rows == 1 else (3.5 * across, 6.5), layout="constrained")
     ax, entries = None, {}
     for place, column in enumerate(columns, 1):
@@ -162,7 +162,7 @@ def draw_figure(log: pd.DataFrame, columns: list[str], smooth: float, estimator:
         entries |= dict(zip(names, handles))
     beside = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "bbox_transform": ax.transAxes}
     figure.legend(entries.values(), [textwrap.fill(name, 34) for name in entries], frameon=False, **beside)
-    figure.suptitle(f"{log.env.iloc[0]}: {title}", x=0.01, ha="left", fontsize="medium")
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return figure
 
 

@@ -221,6 +221,28 @@ def test_a_variant_has_the_same_colour_in_every_figure():
     assert sweep["layer-norm"] == some["layer-norm"]
 
 
+@pytest.mark.parametrize(
+    "columns", [["eval_return"], ["eval_return", "erank"], ["eval_return", "erank", "updated_units"]]
+)
+def test_the_legend_is_outside_of_all_panels_however_long_and_many_the_labels(tmp_path, columns):
+    longest = "l2-incremental+layer-norm+leaky-relu+injection-2-weight_magnitude"
+    for variant in [*plot.COLOURS][:-1] + [longest]:
+        write_run(tmp_path, f"Task__{variant}__seed1", [1, 2])
+    figure = draw(read(tmp_path), columns)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert len(legend(figure)) == 10 and "\n" in " ".join(legend(figure))
+    assert not any(box.overlaps(ax.get_tightbbox()) for ax in figure.axes)
+    assert box.width < 400  # of 100 pixels per inch
+
+
+def test_the_overview_smooths_everything_but_the_score():
+    log = read(*LOGS.glob("Digits__standard*"))
+    alone, both = draw(log, ["score"]), draw(log, ["score", "erank"])
+    np.testing.assert_allclose(line(both.axes[0], "standard (2 seeds)")[1], alone.axes[0].lines[0].get_ydata())
+    assert len(both.axes[0].lines) == 2 and len(both.axes[1].lines) == 2  # the score and its level; a line and its raw
+
+
 def test_other_settings_are_another_line_and_the_same_run_counts_once(tmp_path, command):
     for folder, value in (("a", 0.001), ("b", 0.01)):
         for seed in (1, 2):
