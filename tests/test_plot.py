@@ -112,6 +112,7 @@ def test_centre_and_interval_of_many_runs(estimator):
     np.testing.assert_allclose(summary.centre, centre(values))
     low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
     np.testing.assert_allclose(summary[["low", "high"]], np.transpose([low, high]), atol=0.1 * (high - low).max())
+    pd.testing.assert_frame_equal(summary, plot.summarise(pd.DataFrame(values), estimator))  # the same resamples
 
 
 def test_where_not_all_seeds_have_arrived_the_line_has_no_band(tmp_path):
@@ -217,7 +218,7 @@ def test_a_variant_has_the_same_colour_in_every_figure():
     sweep = plot.line_styles(
         ["l2-constant", "l2-constant, l2_lambda=0.1", "layer-norm", "layer-norm+injection-2", "new"]
     )
-    assert len({(*style["color"], style["linestyle"]) for style in sweep.values()}) == 5
+    assert len({(*style["color"],) for style in sweep.values()}) == 5
     assert sweep["layer-norm"] == some["layer-norm"]
 
 
@@ -325,7 +326,9 @@ def test_table_and_markdown(tmp_path, command, monkeypatch):
 
 def test_only_unfinished_runs_are_drawn_without_a_table(tmp_path, command):
     write_run(tmp_path, "Task__standard__seed1", [1, 2], total=9_000)
-    code, output, _ = command(tmp_path)
+    write_run(tmp_path, "Task__standard__seed2", range(39), total=40_000)  # in its last 10 %
+    code, output, notes = command(tmp_path)
+    assert "seed1: unfinished at step 2,000" in notes and "seed2: unfinished at step 39,000" in notes
     assert code == 0 and output == "" and Path("figures/Task_eval_return.png").exists()
 
 
@@ -344,8 +347,9 @@ def test_the_picture_shows_data_values_and_trajectories_in_the_maze():
     figure = plot.draw_picture({"injection-1": picture})
     data, agent = figure.axes[:2]
     assert data.get_title().startswith("offline data") and agent.get_title() == "injection-1: value, 10 episodes"
-    drawn = agent.collections[0].get_array().reshape(picture["maze"].shape)
-    np.testing.assert_array_equal(np.ma.getmaskarray(drawn), picture["maze"])
+    visits, drawn = (ax.collections[0].get_array().reshape(picture["maze"].shape) for ax in (data, agent))
+    assert all((np.ma.getmaskarray(cells) == picture["maze"]).all() for cells in (visits, drawn))
+    np.testing.assert_allclose(10 ** visits[~picture["maze"]] - 1, picture["coverage"][~picture["maze"]], atol=1e-9)
     np.testing.assert_allclose(drawn[~picture["maze"]], picture["value"][~picture["maze"]])
     np.testing.assert_allclose(agent.lines[3].get_xydata()[:, ::-1], picture["trajectories"][3])  # axis 0 is y
     assert agent.get_ylim() == (22, 0) and agent.get_xlim() == (0, 22)
