@@ -135,7 +135,8 @@ def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator:
         if bottom <= level <= top or name in ("solved", "optimum"):  # the human level would flatten all curves
             ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1.2, label=f"{name}: {level:g}")
     if "phase" in log:
-        ax.axvspan(0, log.step[log.phase == "offline"].max(), color="0.93", label="offline part")
+        end = log.step[log.phase == "offline"].max()
+        ax.axvspan(0, end, color="0.93", zorder=0, label="offline part")  # behind the bands
 
 
 def draw_figure(log: pd.DataFrame, columns: list[str], smooth: float, estimator: str) -> plt.Figure:

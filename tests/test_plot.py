@@ -168,6 +168,7 @@ def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
     assert set(line(ax, "injection")[0]) == {4}  # the first row with an injection is that of step 4,000
     assert set(line(ax, "optimum: -33")[1]) == {-33}
     assert ax.patches[0].get_x() == 0 and ax.patches[0].get_width() == 3
+    assert ax.patches[0].get_zorder() < min(drawn.get_zorder() for drawn in [*ax.lines, *ax.collections])
     bands = [band for band in ax.collections if band.get_paths() and len(band.get_paths()[0].vertices)]
     assert not bands  # of a single run there is none
     assert "single runs" in figure.get_suptitle() and "updates" in ax.get_xlabel()
