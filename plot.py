@@ -43,7 +43,7 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     total = settings.get("total_steps") or settings["offline_steps"] + settings["online_steps"]
     lines = (folder / "log.csv").read_text(errors="replace").splitlines(keepends=True)
     whole = [line for line in lines if line.endswith("\n") and line.count(",") == lines[0].count(",")]
-    log = pd.read_csv(io.StringIO("".join(whole)))
+    log = pd.read_csv(io.StringIO("".join(whole)), dtype=dict.fromkeys(["step", "injections", *COLUMNS], float))
     if log.empty:
         raise ValueError("log.csv has no row yet")
     log["final"] = (log.step > 0.9 * total) & (log.step.max() > total - 1_000)  # only of a finished run

@@ -260,6 +260,7 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     half = write_run(tmp_path, "Task__standard__seed2", [1, 2, 3], total=9_000)
     for seed in (3, 4, 5, 6):
         write_run(tmp_path, f"Task__standard__seed{seed}", [1])
+    write_run(tmp_path, "Task__standard__seed7", [1, 2], erank="1~.5")
     with (half / "log.csv").open("a") as file:
         file.write('garbage\n\0\0"\n3500,,6\n4000,,7,0,10,50\n5000,,8,0,10,5')  # the last one is being written
     (tmp_path / "Task__standard__seed3" / "log.csv").write_text("")
@@ -267,12 +268,12 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     (tmp_path / "Task__standard__seed5" / "config.json").write_text("{")
     (tmp_path / "Task__standard__seed6" / "log.csv").write_bytes(bytes(range(256)))
     (tmp_path / "notes").mkdir()
-    code, table, notes = command(tmp_path)
+    code, table, notes = command(tmp_path, columns=("eval_return", "erank"))
     assert code == 0 and len(table.strip().splitlines()) == 3  # the name, the head, standard
     assert "seed2/log.csv: left out 4 damaged or half-written line(s)" in notes
     assert "seed2: unfinished at step 4,000, not in the table" in notes
-    assert all(f"seed{seed}: " in notes for seed in (3, 4, 5, 6)) and "notes: " in notes and "seed1" not in notes
-    assert len(notes.splitlines()) == 7
+    assert all(f"seed{seed}: " in notes for seed in (3, 4, 5, 6, 7)) and "notes: " in notes and "seed1" not in notes
+    assert len(notes.splitlines()) == 8
     np.testing.assert_allclose(plot.curves(read(tmp_path), "eval_return", 0)[str(half)], [1, 2, 3, 7])
     assert Path("figures/Task_eval_return.png").stat().st_size > 10_000
 
