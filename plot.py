@@ -1,31 +1,23 @@
-"""Figures and a table from the logs of both agents, also while runs are still going on.
-
-    python plot.py runs/                       figures/<env>_<column>.png, <env>_overview.png, and a table on the terminal
-    python plot.py results/ --table            the table as Markdown
-    python plot.py runs/A runs/B --smooth 0    chosen runs, without the moving average
+"""Figures and a table from the logs of both agents, also while runs are still going on: python plot.py runs/
 
 A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving average;
 its band is the 95 % bootstrap interval over the seeds. Where only some of the seeds have arrived, the line is of those and
 has no band. Runs of one variant whose settings differ are never averaged: each has a line that names what differs.
 """
 
-import contextlib
-import functools
+import argparse
 import io
-import itertools
 import json
 import os
 import sys
-from dataclasses import dataclass
+import textwrap
 from pathlib import Path
-from typing import Literal
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import scipy.stats
 import seaborn as sns
-import tyro
 
 # What is drawn, where the logs hold it
 COLUMNS = {"score": "correct actions in a task (%)", "eval_return": "evaluation return (sum of rewards)"}
@@ -33,78 +25,61 @@ COLUMNS |= {"train_return": "training return (sum of rewards)", "erank": "averag
 COLUMNS |= {"feature_erank": "effective rank of the features", "weight_magnitude": "weight magnitude (mean |w|)"}
 COLUMNS |= {"updated_units": "updated units (%)", "dormant_units": "dormant units (%)"}
 # The colour of all variants that begin like this, the same in every figure; in the order of the legends; "": all others.
-PALETTE = [*sns.color_palette("colorblind"), (0.1, 0.1, 0.1)]
-COLOURS = {"standard": 10, "injection-1": 1, "injection-2": 3, "injection-3": 0, "l2-constant": 4, "l2-incremental": 6}
-COLOURS |= {"l2-periodic": 7, "layer-norm": 2, "leaky-relu": 9, "": 5}
-REFERENCES = {"MsPacman": {"human": 6951.6, "random actions": 307.3}}  # Mnih et al. 2015, Wang et al. 2016
-REFERENCES |= {"LunarLander": {"solved": 200}, "PointmassHard": {"optimum": -33}}  # by definition; dynamic programming
+blue, orange, green, red, purple, brown, pink, grey, yellow, sky = sns.color_palette("colorblind")
+COLOURS = {"standard": "black", "injection-1": blue, "injection-2": orange, "injection-3": green, "l2-constant": purple}
+COLOURS |= {"l2-incremental": pink, "l2-periodic": brown, "layer-norm": red, "leaky-relu": sky, "": grey}
+LEVELS = {"MsPacman": {"human": 6951.6, "random actions": 307.3}}  # Mnih et al. 2015, Wang et al. 2016
+LEVELS |= {"LunarLander": {"solved": 200}, "PointmassHard": {"optimum": -33}}  # by definition; dynamic programming
 DIGITS_TASK = 1_500  # steps of a task of Digits, which is one episode; a correct action has reward 1
-IQM = functools.partial(scipy.stats.trim_mean, proportiontocut=0.25, nan_policy="omit")  # interquartile mean
-CENTRES = {"mean": np.nanmean, "iqm": IQM}
-
-
-@dataclass
-class Args:
-    """Draw the logs of any number of runs."""
-
-    folders: tyro.conf.Positional[tuple[Path, ...]] = (Path("runs"),)  # runs, or folders with runs anywhere below them
-    out: Path = Path("figures")  # folder for the figures
-    smooth: float = 0.8  # weight of the exponential moving average (paper: 0.8); 0 turns it off
-    estimator: Literal["mean", "iqm"] = "mean"  # over the seeds: mean or interquartile mean
-    format: Literal["png", "pdf", "svg"] = "png"  # of the figures
-    table: bool = False  # print the table as Markdown
+CENTRES = {"mean": np.nanmean, "iqm": lambda runs, axis: scipy.stats.trim_mean(runs, 0.25, axis, nan_policy="omit")}
 
 
 def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     """Log and settings of a run. Raises an error that says why for a folder that is none."""
     if folder.name.count("__") != 2:
         raise ValueError("its name is not <env>__<variant>__seed<k>")
+    env, variant, _ = folder.name.split("__")
     settings = json.loads((folder / "config.json").read_text())
     total = settings.get("total_steps") or settings["offline_steps"] + settings["online_steps"]
-    header, *rows = [line.split(",") for line in (folder / "log.csv").read_text(errors="replace").split("\n")]
-    log = pd.DataFrame([row for row in rows[:-1] if len(row) == len(header)], columns=header)
-    numbers = log.columns.drop("phase", errors="ignore")
-    log[numbers] = log[numbers].apply(pd.to_numeric, errors="coerce")
-    log = log.reindex(columns=log.columns.union(["step"])).dropna(subset="step").drop_duplicates("step", keep="last")
+    lines = (folder / "log.csv").read_text(errors="replace").splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n") and line.count(",") == lines[0].count(",")]
+    log = pd.read_csv(io.StringIO("".join(whole)), dtype=dict.fromkeys(["step", "injections", *COLUMNS], float))
     if log.empty:
         raise ValueError("log.csv has no row yet")
-    if damaged := len(rows) - (rows[-1] == [""]) - len(log):  # a whole file ends with an empty line
-        print(f"{folder}/log.csv: left out {damaged} damaged or half-written line(s)", file=sys.stderr)
-    env, variant, _ = folder.name.split("__")
-    log = log.assign(run=str(folder), env=env, variant=variant, final=log.step > 0.9 * total)
-    log["finished"] = log.step.max() > total - 1_000  # there is a row every 1,000 steps
-    log["injected"] = log.injections.diff().fillna(log.injections) > 0
+    log["final"] = (log.step > 0.9 * total) & (log.step.max() > total - 1_000)  # only of a finished run
+    log["injected"] = log.injections > log.injections.shift(fill_value=0)
     if env == "Digits":
-        log["task_end"] = log.train_return.notna().cumsum() * DIGITS_TASK
         log["score"] = 100 * log.pop("train_return") / DIGITS_TASK
-    return log, {key: str(settings[key]) for key in settings if key != "device"} | {"line": f"{env}__{variant}"}
+    if len(whole) < len(lines):
+        print(f"{folder}/log.csv: left out {len(lines) - len(whole)} damaged or half-written line(s)", file=sys.stderr)
+    if not log.final.any():
+        print(f"{folder}: unfinished at step {log.step.max():,.0f}, not in the table", file=sys.stderr)
+    settings |= {"device": "", "env": env, "variant": variant}  # the same run on another device is no other variant
+    return log.assign(run=str(folder), env=env), {key: str(value) for key, value in settings.items()}
 
 
-def read_runs(folders: tuple[Path, ...]) -> pd.DataFrame:
-    """The logs of all runs in and below the folders in one table; `label` names the line in which a run is drawn."""
+def read_runs(folders: list[Path]) -> pd.DataFrame:
+    """The logs of all runs in and below the folders; `label` names the line in which a run is drawn, in legend order."""
     logs, settings, left_out = {}, {}, []
-    for folder, subfolders, files in itertools.chain.from_iterable(map(os.walk, folders)):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if subfolders and "log.csv" not in files:
+    for folder in sorted({path for root in folders for path in (root, *root.glob("**/"))}):
+        if not (folder / "log.csv").exists() and any(path.is_dir() for path in folder.iterdir()):  # a folder of runs
             continue
         try:
-            log, config = read_run(Path(folder))
+            log, config = read_run(folder)
             if config in settings.values():
                 raise ValueError("another folder holds the same run")
             logs[folder], settings[folder] = log, config
-            if not log.finished.all():
-                print(f"{folder}: unfinished at step {log.step.max():,.0f}, not in the table", file=sys.stderr)
         except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # what damaged files lead to
             left_out.append(f"left out {folder}: {error}")
     if not logs:
         raise ValueError("; ".join([f"no run in {', '.join(map(str, folders))}", *left_out]))
-    print(*left_out, sep="\n", end="\n" * bool(left_out), file=sys.stderr)
-    for line, group in pd.DataFrame(settings).T.groupby("line"):
-        differing = [key for key in group if key != "seed" and group[key].nunique() > 1]
-        for run, row in group.iterrows():
-            extra = ", ".join(f"{key}={row[key]}" for key in differing)
-            logs[run]["label"] = line.split("__")[1] + (f" ({extra})" if extra else "")
-    return pd.concat(logs.values(), ignore_index=True)
+    sys.stderr.writelines(f"{reason}\n" for reason in left_out)
+    for (_, variant), runs in pd.DataFrame(settings).T.groupby(["env", "variant"]):
+        differing = [key for key in runs if key != "seed" and runs[key].nunique() > 1]
+        for run, values in runs[differing].iterrows():
+            logs[run]["label"] = ", ".join([variant, *(f"{key}={value}" for key, value in values.items())])
+    log = pd.concat(logs.values(), ignore_index=True)
+    return log.assign(label=pd.Categorical(log.label, list(line_styles(log.label.unique()))))
 
 
 def line_styles(labels: list[str]) -> dict[str, dict]:
@@ -112,9 +87,17 @@ def line_styles(labels: list[str]) -> dict[str, dict]:
     styles = {}
     for start, colour in COLOURS.items():
         for k, label in enumerate(sorted(i for i in labels if i.startswith(start) and i not in styles)):
-            shade = sns.dark_palette(PALETTE[colour], 4, reverse=True)[k % 3]
+            shade = sns.dark_palette(colour, 4, reverse=True)[k % 3]
             styles[label] = {"color": shade, "linestyle": ("-", "--", "-.", ":")[k % 4]}
     return styles
+
+
+def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
+    """A column per run and a row for every step where one of them was measured."""
+    runs = log.pivot_table(index="step", columns="run", values=column)
+    runs = runs.apply(lambda run: run.dropna().ewm(alpha=1 - smooth).mean())
+    # Runs may be measured at different steps: a run is straight between two of its values, and absent outside of them.
+    return runs.interpolate("index", limit_area="inside")
 
 
 def summarise(runs: pd.DataFrame, estimator: str) -> pd.DataFrame:
@@ -122,162 +105,143 @@ def summarise(runs: pd.DataFrame, estimator: str) -> pd.DataFrame:
     centre, complete = CENTRES[estimator], runs.dropna()
     line = pd.DataFrame({"centre": centre(runs.to_numpy(), axis=1), "low": np.nan, "high": np.nan}, runs.index)
     if len(complete) and runs.shape[1] > 1:
-        how = {"axis": 1, "n_resamples": 1_000, "batch": 100, "method": "percentile", "rng": np.random.default_rng(0)}
-        interval = scipy.stats.bootstrap((complete.to_numpy(),), centre, **how).confidence_interval
-        line.loc[complete.index, ["low", "high"]] = np.transpose(interval)
+        interval = scipy.stats.bootstrap([complete], centre, axis=1, n_resamples=1_000, method="percentile", rng=0)
+        line.loc[complete.index, ["low", "high"]] = np.transpose(interval.confidence_interval)
     return line
 
 
-def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
-    """A column per run and a row for every step where one of them was measured."""
-    runs = log.pivot_table(index="task_end" if column == "score" else "step", columns="run", values=column)
-    runs = runs.apply(lambda run: run.dropna().ewm(alpha=1 - smooth).mean())
-    # Runs may be measured at different steps: a run is straight between two of its values, and absent outside of them.
-    return runs.interpolate("index", limit_area="inside")
-
-
-def draw(ax: plt.Axes, log: pd.DataFrame, column: str, names: dict, styles: dict, unit: int, args: Args) -> None:
-    """One panel: lines with bands, injections, the offline part and known levels; `unit` steps are 1 on the x axis."""
-    smooth = 0 if column == "score" else args.smooth  # a score is a mean over a whole task already
-    for place, (label, name) in enumerate(names.items()):
-        runs, colour = log[log.label == label], styles[label]["color"]
-        if runs[column].isna().all():
-            continue
-        line = summarise(curves(runs, column, smooth), args.estimator)
-        x, marker = line.index / unit, "o" if len(line) == 1 else None  # a line of one point would not be seen
-        ax.plot(x, line.centre, label=name, marker=marker, **styles[label])
-        ax.fill_between(x, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator: str) -> None:
+    """One panel: lines with bands, injections, known levels and the offline part."""
+    styles = line_styles(log.label.cat.categories)
+    smooth = 0 if column == "score" else smooth  # a score is a mean over a whole task already
+    for label, runs in log.dropna(subset=column).groupby("label"):
+        seeds, colour = runs.run.nunique(), styles[label]["color"]
+        name = f"{label} ({seeds} seeds)" if seeds > 1 else f"{label} (1 seed: no band)"
+        line = summarise(curves(runs, column, smooth), estimator)
+        ax.plot(line.centre, label=name, marker="o" if len(line) == 1 else None, **styles[label])
+        ax.fill_between(line.index, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
         if smooth:
-            raw = CENTRES[args.estimator](curves(runs, column, 0).to_numpy(), axis=1)
-            ax.plot(x, raw, color=colour, alpha=0.3, linewidth=0.7)
-        for step in runs.step[runs.injected].unique():  # dashes take turns where variants inject at the same step
-            ax.axvline(step / unit, color=colour, linestyle=(4 * place, (4, 4)), linewidth=1.2, label="injection")
-    env = log.env.iloc[0].split("-v")[0]
-    levels = REFERENCES.get(env, {}) if column.endswith("return") else {}
-    if column == "score" and "standard" in set(log.variant):
-        first = log[(log.variant == "standard") & (log.task_end == DIGITS_TASK)]
-        levels = {"fresh network": round(first.score.mean(), 1)}
+            raw = CENTRES[estimator](curves(runs, column, 0).to_numpy(), axis=1)
+            ax.plot(line.index, raw, color=colour, alpha=0.3, linewidth=0.7)
+    for label, step in log.loc[log.injected, ["label", "step"]].drop_duplicates().to_numpy():
+        dashes = (4 * list(styles).index(label), (4, 4))  # take turns where variants inject at the same step
+        ax.axvline(step, color=styles[label]["color"], linestyle=dashes, linewidth=1.2, label="injection")
+    levels = LEVELS.get(log.env.iloc[0], {}) if column.endswith("return") else {}
+    if column == "score":
+        first = log[log.label.str.startswith("standard")].groupby("run").score.first()
+        levels = {"fresh network": round(first.mean(), 1)}
     bottom, top = ax.get_ylim()
     for (name, level), dashes in zip(levels.items(), ("--", ":")):
-        if bottom <= level <= top or env != "MsPacman":  # its human level would flatten all curves
+        if bottom <= level <= top or name in ("solved", "optimum"):  # the human level would flatten all curves
             ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1.2, label=f"{name}: {level:g}")
     if "phase" in log:
-        ax.axvspan(0, log.step[log.phase == "offline"].max() / unit, color="0.93", label="offline part")
+        end = log.step[log.phase == "offline"].max()
+        ax.axvspan(0, end, color="0.93", zorder=0, label="offline part")  # behind the bands
 
 
-def draw_figure(log: pd.DataFrame, columns: list[str], styles: dict, args: Args) -> plt.Figure:
-    """One column, or several as small multiples with a shared x axis; the legend is outside of the data."""
-    seeds = log.dropna(subset=columns, how="all").groupby("label").run.nunique()
-    names = {i: f"{i} ({seeds[i]} seeds)" if seeds[i] > 1 else f"{i} (1 seed: no band)" for i in styles if i in seeds}
-    title = (
-        "single runs"
-        if seeds.max() == 1
-        else f"{args.estimator.replace('iqm', 'interquartile mean')} over seeds, 95 % bootstrap interval"
-    )
+def draw_figure(log: pd.DataFrame, columns: list[str], smooth: float, estimator: str) -> plt.Figure:
+    """One column, or several as small multiples with a shared x axis; the legend is to the right of the last panel."""
+    several = log.groupby("label").run.nunique().max() > 1
+    estimate = f"{estimator.replace('iqm', 'interquartile mean')} over seeds, 95 % bootstrap interval"
+    title = f"{log.env.iloc[0]}: {estimate if several else 'single runs'}"
+    x_label = "offline updates, then environment steps" if "phase" in log else "environment steps"
     unit, letter = (1_000_000, "M") if log.step.max() >= 1_000_000 else (1_000, "k")
-    x = "offline updates, then environment steps" if "phase" in log else "environment steps"
     if columns == ["score"]:
-        unit, letter, x = DIGITS_TASK, "", "task (1,500 steps each)"
-    elif args.smooth:
-        title += f", moving average {args.smooth:g}"
-    alone = len(columns) == 1
-    grid = {"nrows": 2 - alone, "ncols": len(columns) // 2 + 1, "figsize": (9, 4) if alone else (14, 6.5)}
-    figure, axes = plt.subplots(**grid, sharex=True, squeeze=False, layout="constrained")
-    entries = dict.fromkeys(names.values())  # the lines first
-    for ax, column in itertools.zip_longest(axes.flat, columns):
-        if column is None:
-            ax.set_axis_off()
-            continue
-        draw(ax, log, column, names, styles, unit, args)
-        entries |= dict(zip(*reversed(ax.get_legend_handles_labels())))
-        ax.set(xlabel=x, ylabel=COLUMNS[column])
-        ax.tick_params(labelbottom=True)
+        log = log.assign(step=log.step // DIGITS_TASK)  # the score is in the first row after the end of its task
+        unit, letter, x_label = 1, "", "task (1,500 steps each)"
+    elif smooth:
+        title += f", moving average {smooth:g}"
+    rows, across = min(len(columns), 2), (len(columns) + 1) // 2
+    figure = plt.figure(figsize=(7, 4) if rows == 1 else (3.5 * across, 6.5), layout="constrained")
+    ax, entries = None, {}
+    for place, column in enumerate(columns, 1):
+        ax = figure.add_subplot(rows, across, place, sharex=ax)
+        draw(ax, log.assign(step=log.step / unit), column, smooth, estimator)
+        ax.set(xlabel=x_label, ylabel=COLUMNS[column])
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}{letter}" if x else "0")
-    place = {"loc": "outside right upper"} if alone else {"loc": "upper right", "bbox_to_anchor": (0.99, 0.48)}
-    figure.legend(entries.values(), entries.keys(), frameon=False, **place)
-    figure.suptitle(f"{log.env.iloc[0]}: {title}", x=0.01, ha="left", fontsize="medium")
+        handles, names = ax.get_legend_handles_labels()
+        entries |= dict(zip(names, handles))
+    beside = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "bbox_transform": ax.transAxes}
+    figure.legend(entries.values(), [textwrap.fill(name, 34) for name in entries], frameon=False, **beside)
+    figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return figure
 
 
 def draw_picture(pictures: dict[str, dict]) -> plt.Figure:
     """Where the offline data has been, and the values and trajectories of one run of each variant, in the maze."""
     figure, axes = plt.subplots(1, len(pictures) + 1, figsize=(3.2 * len(pictures) + 3.2, 2.8), layout="constrained")
-    data = next(iter(pictures.values()))
-    panels = [("offline data: log10(1 + visits)", data, np.log10(1 + data["coverage"]), np.empty((2, 0)))]
-    panels += [
-        (f"{label}: value, {len(p['trajectories'])} episodes", p, p["value"], p["trajectories"].T)
-        for label, p in pictures.items()
-    ]
-    for ax, (title, picture, cells, trajectories) in zip(axes, panels):
+    for ax, (label, picture) in zip(axes, [("", next(iter(pictures.values()))), *pictures.items()]):
+        cells, title = np.log10(1 + picture["coverage"]), "offline data: log10(1 + visits)"
+        if label:
+            cells, title = picture["value"], f"{label}: value, {len(picture['trajectories'])} episodes"
+            ax.plot(*picture["trajectories"].T[::-1], color=red, linewidth=0.7)  # axis 0 of the maze is downwards
         cells = np.where(picture["maze"], np.nan, cells)  # walls show as background
-        sns.heatmap(cells, ax=ax, cmap="viridis", square=True, xticklabels=False, yticklabels=False)
-        ax.plot(trajectories[1], trajectories[0], color="tab:red", linewidth=0.7)  # axis 0 is downwards
+        sns.heatmap(cells, ax=ax, cmap="Blues", square=True, xticklabels=False, yticklabels=False)
         ax.plot(*picture["start"][::-1], "ow", *picture["goal"][::-1], "*w", markersize=12, markeredgecolor="black")
-        ax.set(title=title, facecolor="0.4")
+        ax.set(title=textwrap.fill(title, 34), facecolor="0.4")
     return figure
 
 
-def table(log: pd.DataFrame, styles: dict, estimator: str) -> pd.DataFrame:
+def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
     """For each variant, of finished runs: means over the last 10 % of the run, and the 95 % interval of the return."""
-    columns = [column for column in COLUMNS if column in log and column != "train_return"]
+
+    def cell(runs: pd.Series) -> str:
+        if runs.isna().all():
+            return "-"
+        centre, low, high = summarise(runs.dropna().to_frame().T, estimator).iloc[0]
+        interval = f" [{low:.4g}, {high:.4g}]" if runs.name.startswith(("eval", "score")) and low <= high else ""
+        return f"{centre:.4g}{interval}"
+
+    columns = [column for column in COLUMNS if column in log and column not in ("score", "train_return")]
     runs = log[log.final].groupby(["label", "run"])[columns].mean()
     if "score" in log:
         tasks = log.dropna(subset="score").groupby(["label", "run"]).score
-        runs["score"] = tasks.apply(lambda score: score.head(8).mean())
-        runs.insert(1, "score, last 8 tasks", tasks.apply(lambda score: score.tail(8).mean()))
-    rows = []
-    for label in (label for label in styles if label in runs.index):
-        rows.append({"variant": label, "seeds": str(len(runs.loc[label]))})
-        for column, values in runs.loc[label].dropna(axis="columns", how="all").items():
-            centre, low, high = summarise(values.dropna().to_frame().T, estimator).iloc[0]
-            interval = f" [{low:.4g}, {high:.4g}]" if column.startswith(("eval", "score")) and low <= high else ""
-            rows[-1][column] = f"{centre:.4g}{interval}"
-    return pd.DataFrame(rows).rename(columns={"score": "score, first 8 tasks"}).fillna("-")
+        runs.insert(0, "score, last 8 tasks", tasks.apply(lambda score: score.tail(8).mean()))
+        runs.insert(0, "score, first 8 tasks", tasks.apply(lambda score: score.head(8).mean()))
+    seeds = runs.groupby("label").size().astype(str).rename("seeds")
+    return pd.concat([seeds, runs.groupby("label").agg(cell)], axis=1).reset_index(names="variant")
 
 
-def main() -> int:
-    box = io.StringIO()
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Draw the logs of any number of runs.", allow_abbrev=False)
+    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # one line, without the usage
+    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], help="runs, or folders of runs (runs)")
+    parser.add_argument("--out", type=Path, default="figures", help="folder for the figures (figures)")
+    parser.add_argument("--smooth", type=float, default=0.8, help="weight of the moving average, 0 turns it off (0.8)")
+    parser.add_argument("--estimator", choices=CENTRES, default="mean", help="over seeds: mean or interquartile mean")
+    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (png)")
+    parser.add_argument("--table", action="store_true", help="print the table as Markdown")
+    args = parser.parse_args()
+    if not 0 <= args.smooth < 1:
+        parser.error(f"--smooth has to be at least 0 and below 1, not {args.smooth:g}")
     try:
-        with contextlib.redirect_stderr(box):
-            args = tyro.cli(Args, config=(tyro.conf.FlagCreatePairsOff,))
-        if not 0 <= args.smooth < 1:
-            raise ValueError(f"--smooth has to be at least 0 and below 1, not {args.smooth:g}")
-        if missing := [folder for folder in args.folders if not folder.is_dir()]:
-            raise ValueError(f"{missing[0]} is no folder")
         logs = read_runs(args.folders)
         args.out.mkdir(parents=True, exist_ok=True)
-    except SystemExit as stop:
-        if stop.code:  # tyro draws a box around an error: only its text, in one line
-            text = itertools.takewhile(lambda line: "──" not in line, box.getvalue().splitlines()[1:])
-            print("error:", *" ".join(text).replace("│", "").split(), "(see --help)", file=sys.stderr)
-        return stop.code
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        parser.error(error)
     os.environ["SOURCE_DATE_EPOCH"] = "0"  # no dates in the files: the same logs give the same bytes
     sns.set_theme(style="whitegrid", font_scale=0.85, rc={"svg.hashsalt": "plot", "lines.linewidth": 1.5})
-    styles = line_styles(list(logs.label.unique()))
     for env, log in logs.groupby("env"):
         log = log.dropna(axis="columns", how="all")
         columns = [column for column in COLUMNS if column in log]
-        figures = {column: draw_figure(log, [column], styles, args) for column in columns}
-        figures["overview"] = draw_figure(log, columns, styles, args)
-        runs = [(label, Path(run, "picture.npz")) for label, run in log[["label", "run"]].drop_duplicates().to_numpy()]
-        if pictures := {label: np.load(file) for label, file in reversed(runs) if file.exists()}:
-            figures["picture"] = draw_picture({label: pictures[label] for label in styles if label in pictures})
+        figures = {column: draw_figure(log, [column], args.smooth, args.estimator) for column in columns}
+        figures["overview"] = draw_figure(log, columns, args.smooth, args.estimator)
+        files = [
+            (label, Path(run, "picture.npz")) for label, run in log.groupby("label").run.unique().explode().items()
+        ]
+        if pictures := {label: np.load(file) for label, file in files if file.exists()}:
+            figures["picture"] = draw_picture(pictures)
         for name, figure in figures.items():
             figure.savefig(args.out / f"{env}_{name}.{args.format}", dpi=150, bbox_inches="tight")
         plt.close("all")
-        if not log.finished.any():
-            continue
-        rows = table(log[log.finished], styles, args.estimator)
-        if args.table:
-            lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
-            print(f"### {env}\n", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
-        else:
-            print(env, rows.to_string(index=False), "", sep="\n")
-    return 0
+        if log.final.any():
+            rows = table(log, args.estimator)
+            markdown = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
+            if args.table:
+                print(f"### {env}\n", *(f"| {' | '.join(line)} |" for line in markdown), "", sep="\n")
+            else:
+                print(env, rows.to_string(index=False), "", sep="\n")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -30,7 +30,12 @@ def command(monkeypatch, capsys):
     def run(*arguments, columns=("eval_return",)):
         monkeypatch.setattr(plot, "COLUMNS", {column: column for column in columns})
         monkeypatch.setattr(sys, "argv", ["plot.py", *map(str, arguments)])
-        return (plot.main(), *capsys.readouterr())
+        try:
+            plot.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        return (code, *capsys.readouterr())
 
     return run
 
@@ -46,8 +51,8 @@ def write_run(root, name, returns, erank=10.0, total=None, **settings):
     return folder
 
 
-def draw(log, columns, **settings):
-    return plot.draw_figure(log, columns, plot.line_styles(list(log.label.unique())), plot.Args(**settings))
+def draw(log, columns, smooth=0.8, estimator="mean"):
+    return plot.draw_figure(log, columns, smooth, estimator)
 
 
 def read(*folders):
@@ -107,6 +112,7 @@ def test_centre_and_interval_of_many_runs(estimator):
     np.testing.assert_allclose(summary.centre, centre(values))
     low, high = np.quantile(resampled, [0.025, 0.975], axis=1)
     np.testing.assert_allclose(summary[["low", "high"]], np.transpose([low, high]), atol=0.1 * (high - low).max())
+    pd.testing.assert_frame_equal(summary, plot.summarise(pd.DataFrame(values), estimator))  # the same resamples
 
 
 def test_where_not_all_seeds_have_arrived_the_line_has_no_band(tmp_path):
@@ -143,7 +149,7 @@ def test_digits_table_has_the_first_and_the_last_tasks(tmp_path):
         folder = write_run(tmp_path, f"Digits__standard__seed{seed}", [0] * 20)
         rows = [f"{1_500 * (i + 1)},{15 * value},,0,10,50" for i, value in enumerate(values)]
         (folder / "log.csv").write_text("\n".join([",".join(DQN), *rows, ""]))
-    (row,) = plot.table(read(tmp_path), ["standard"], "mean").to_dict("records")
+    (row,) = plot.table(read(tmp_path), "mean").to_dict("records")
     assert row["score, first 8 tasks"] == "23.5 [13.5, 33.5]"  # 10..17 and 30..37
     assert row["score, last 8 tasks"] == "35.5 [25.5, 45.5]"
     assert row["seeds"] == "2" and row["erank"] == "10"
@@ -162,6 +168,7 @@ def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
     assert set(line(ax, "injection")[0]) == {4}  # the first row with an injection is that of step 4,000
     assert set(line(ax, "optimum: -33")[1]) == {-33}
     assert ax.patches[0].get_x() == 0 and ax.patches[0].get_width() == 3
+    assert ax.patches[0].get_zorder() < min(drawn.get_zorder() for drawn in [*ax.lines, *ax.collections])
     bands = [band for band in ax.collections if band.get_paths() and len(band.get_paths()[0].vertices)]
     assert not bands  # of a single run there is none
     assert "single runs" in figure.get_suptitle() and "updates" in ax.get_xlabel()
@@ -210,10 +217,32 @@ def test_a_variant_has_the_same_colour_in_every_figure():
     assert some["layer-norm"] == all_of_them["layer-norm"]
     assert len({style["color"] for style in all_of_them.values()}) == len(all_of_them) == 9
     sweep = plot.line_styles(
-        ["l2-constant", "l2-constant (l2_lambda=0.1)", "layer-norm", "layer-norm+injection-2", "new"]
+        ["l2-constant", "l2-constant, l2_lambda=0.1", "layer-norm", "layer-norm+injection-2", "new"]
     )
-    assert len({(*style["color"], style["linestyle"]) for style in sweep.values()}) == 5
+    assert len({(*style["color"],) for style in sweep.values()}) == 5
     assert sweep["layer-norm"] == some["layer-norm"]
+
+
+@pytest.mark.parametrize(
+    "columns", [["eval_return"], ["eval_return", "erank"], ["eval_return", "erank", "updated_units"]]
+)
+def test_the_legend_is_outside_of_all_panels_however_long_and_many_the_labels(tmp_path, columns):
+    longest = "l2-incremental+layer-norm+leaky-relu+injection-2-weight_magnitude"
+    for variant in [*plot.COLOURS][:-1] + [longest]:
+        write_run(tmp_path, f"Task__{variant}__seed1", [1, 2])
+    figure = draw(read(tmp_path), columns)
+    figure.canvas.draw()
+    box = figure.legends[0].get_window_extent()
+    assert len(legend(figure)) == 10 and "\n" in " ".join(legend(figure))
+    assert not any(box.overlaps(ax.get_tightbbox()) for ax in figure.axes)
+    assert box.width < 400  # of 100 pixels per inch
+
+
+def test_the_overview_smooths_everything_but_the_score():
+    log = read(*LOGS.glob("Digits__standard*"))
+    alone, both = draw(log, ["score"]), draw(log, ["score", "erank"])
+    np.testing.assert_allclose(line(both.axes[0], "standard (2 seeds)")[1], alone.axes[0].lines[0].get_ydata())
+    assert len(both.axes[0].lines) == 2 and len(both.axes[1].lines) == 2  # the score and its level; a line and its raw
 
 
 def test_other_settings_are_another_line_and_the_same_run_counts_once(tmp_path, command):
@@ -223,7 +252,7 @@ def test_other_settings_are_another_line_and_the_same_run_counts_once(tmp_path, 
     shutil.copytree(tmp_path / "b", tmp_path / "copy of b")
     assert command(tmp_path)[2].count("another folder holds the same run") == 2
     runs = read(tmp_path).groupby("label").run.nunique()
-    assert runs.to_dict() == {"l2-constant (l2_lambda=0.001)": 2, "l2-constant (l2_lambda=0.01)": 2}
+    assert runs.to_dict() == {"l2-constant, l2_lambda=0.001": 2, "l2-constant, l2_lambda=0.01": 2}
 
 
 def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
@@ -231,6 +260,7 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     half = write_run(tmp_path, "Task__standard__seed2", [1, 2, 3], total=9_000)
     for seed in (3, 4, 5, 6):
         write_run(tmp_path, f"Task__standard__seed{seed}", [1])
+    write_run(tmp_path, "Task__standard__seed7", [1, 2], erank="1~.5")
     with (half / "log.csv").open("a") as file:
         file.write('garbage\n\0\0"\n3500,,6\n4000,,7,0,10,50\n5000,,8,0,10,5')  # the last one is being written
     (tmp_path / "Task__standard__seed3" / "log.csv").write_text("")
@@ -238,12 +268,12 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     (tmp_path / "Task__standard__seed5" / "config.json").write_text("{")
     (tmp_path / "Task__standard__seed6" / "log.csv").write_bytes(bytes(range(256)))
     (tmp_path / "notes").mkdir()
-    code, table, notes = command(tmp_path)
+    code, table, notes = command(tmp_path, columns=("eval_return", "erank"))
     assert code == 0 and len(table.strip().splitlines()) == 3  # the name, the head, standard
     assert "seed2/log.csv: left out 4 damaged or half-written line(s)" in notes
     assert "seed2: unfinished at step 4,000, not in the table" in notes
-    assert all(f"seed{seed}: " in notes for seed in (3, 4, 5, 6)) and "notes: " in notes and "seed1" not in notes
-    assert len(notes.splitlines()) == 7
+    assert all(f"seed{seed}: " in notes for seed in (3, 4, 5, 6, 7)) and "notes: " in notes and "seed1" not in notes
+    assert len(notes.splitlines()) == 8
     np.testing.assert_allclose(plot.curves(read(tmp_path), "eval_return", 0)[str(half)], [1, 2, 3, 7])
     assert Path("figures/Task_eval_return.png").stat().st_size > 10_000
 
@@ -260,10 +290,10 @@ def test_a_variant_without_any_value_yet_is_left_out_of_its_panel(tmp_path, comm
     ("arguments", "message"),
     [
         (["empty"], "no run in empty"),
-        (["missing"], "missing is no folder"),
+        (["missing"], "No such file or directory: 'missing'"),
         (["empty", "--smooth", "1"], "--smooth has to be at least 0 and below 1, not 1"),
-        (["empty", "--smooth", "much"], "Error parsing --smooth"),
-        (["empty", "--colour", "red"], "Unrecognized options: --colour"),
+        (["empty", "--smooth", "much"], "argument --smooth: invalid float value: 'much'"),
+        (["empty", "--colour", "red"], "unrecognized arguments: --colour"),
         (["runs", "--out", "file/figures"], "Not a directory"),
     ],
 )
@@ -298,7 +328,9 @@ def test_table_and_markdown(tmp_path, command, monkeypatch):
 
 def test_only_unfinished_runs_are_drawn_without_a_table(tmp_path, command):
     write_run(tmp_path, "Task__standard__seed1", [1, 2], total=9_000)
-    code, output, _ = command(tmp_path)
+    write_run(tmp_path, "Task__standard__seed2", range(39), total=40_000)  # in its last 10 %
+    code, output, notes = command(tmp_path)
+    assert "seed1: unfinished at step 2,000" in notes and "seed2: unfinished at step 39,000" in notes
     assert code == 0 and output == "" and Path("figures/Task_eval_return.png").exists()
 
 
@@ -317,8 +349,9 @@ def test_the_picture_shows_data_values_and_trajectories_in_the_maze():
     figure = plot.draw_picture({"injection-1": picture})
     data, agent = figure.axes[:2]
     assert data.get_title().startswith("offline data") and agent.get_title() == "injection-1: value, 10 episodes"
-    drawn = agent.collections[0].get_array().reshape(picture["maze"].shape)
-    np.testing.assert_array_equal(np.ma.getmaskarray(drawn), picture["maze"])
+    visits, drawn = (ax.collections[0].get_array().reshape(picture["maze"].shape) for ax in (data, agent))
+    assert all((np.ma.getmaskarray(cells) == picture["maze"]).all() for cells in (visits, drawn))
+    np.testing.assert_allclose(10 ** visits[~picture["maze"]] - 1, picture["coverage"][~picture["maze"]], atol=1e-9)
     np.testing.assert_allclose(drawn[~picture["maze"]], picture["value"][~picture["maze"]])
     np.testing.assert_allclose(agent.lines[3].get_xydata()[:, ::-1], picture["trajectories"][3])  # axis 0 is y
     assert agent.get_ylim() == (22, 0) and agent.get_xlim() == (0, 22)
