@@ -109,7 +109,7 @@ class L2:
 
 @dataclass
 class Architecture:
-    """Changes to the network (paper 3.3)."""
+    """Changes to the Q-network (paper 3.3)."""
 
     layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
     leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of every other activation
