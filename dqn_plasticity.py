@@ -374,7 +374,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
 
 # ---- regularisation
 def l2_coefficient(args: Args, step: int) -> float:
-    """lambda(k) of paper 3.2 at environment step k."""
+    """lambda(k) of paper 3.2 at step k."""
     if args.l2 == "constant":
         return args.l2_lambda
     if args.l2 == "incremental":
@@ -580,9 +580,9 @@ def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float)
 
 def measurements(network: nn.Sequential, update: dict[str, torch.Tensor]) -> dict[str, float]:
     """The columns of the log that describe the network that trains and its latest update, if there was one."""
-    if update and "grad_norm" not in update:  # not clipped, so the gradients are still as they were
-        update["grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()])
-    row = {name: update[name].item() for name in ("loss", "q_mean", "grad_norm") if update}
+    row = {name: update[name].item() for name in ("loss", "q_mean", "grad_norm") if name in update}
+    if update and "grad_norm" not in update:  # the gradients were not clipped and are still there
+        row["grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()]).item()
     if not all(map(math.isfinite, row.values())):
         raise FloatingPointError(f"training has diverged: {row}.")
     try:

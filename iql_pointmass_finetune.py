@@ -5,7 +5,7 @@ them alone, then goes on in the environment (paper section 5). The optimal retur
 IQL (Kostrikov et al. 2022) never asks for the value of an action that the data do not hold. One update, on one batch:
 
     u       = Q_target(s, a) - V(s)
-    loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5: V is nearly max_a Q(s, a)
+    loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5: V is nearly the best of the data's actions
     loss_Q  = mean (r + gamma * (1 - terminated) * V(s') - Q(s, a))^2     their eq. 6
               + lambda(step) * ||phi||^2                                  phi: the parameters that train (paper 3.2)
     loss_pi = -mean min(exp(beta * u), 100) * log pi(a | s)               their eq. 7
@@ -133,51 +133,6 @@ class Args(Architecture, L2, Injection, Learning, Run):
         return self.offline_steps + self.online_steps
 
 
-class UserError(Exception):
-    """A user's mistake; main prints it as one line and exits with code 2."""
-
-
-def refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise UserError(message)
-
-
-def check(args: Args) -> None:
-    """Raise UserError, saying what is wrong and what would be right, before anything is written."""
-    above_zero = {"eval_every", "eval_episodes", "learning_rate", "batch_size", "collect_steps", "l2_on_steps"}
-    check_numbers(args, above_zero)
-    check_injections(args, 1, args.total_steps)
-    for name in ("gamma", "expectile", "polyak"):
-        refuse(getattr(args, name) > 1, f"--{name} {getattr(args, name)} must lie between 0 and 1")
-    refuse(args.total_steps == 0, "--offline-steps and --online-steps must not both be 0")
-    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
-    if args.dataset or dataset_path(args).exists():
-        read_dataset(dataset_path(args))
-
-
-def check_numbers(args: Args, above_zero: set[str]) -> None:
-    """Every number is finite and not negative, and those named are above zero."""
-    for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            bound = "above 0" if name in above_zero else "0 or more"
-            wrong = not 0 <= value < math.inf or (value == 0 and name in above_zero)
-            refuse(wrong, f"--{name.replace('_', '-')} {value} must be {bound}")
-
-
-def check_injections(args: Args, first_step: int, last_step: int) -> None:
-    """The injection settings agree with each other and with the steps in which injections are possible."""
-    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    refuse((trigger is None) != (args.injection_threshold is None), "--injection-trigger needs --injection-threshold")
-    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
-    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
-    refuse(
-        not trigger and len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}"
-    )
-    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
-    outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
-    refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
-
-
 # ---- environment
 EASY = "00000 11110 11110 11110 11110"
 MEDIUM = "001000 101010 001011 011001 001101 100001"
@@ -192,7 +147,7 @@ MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # of an action along axis 0 
 
 
 class Pointmass(gym.Env):
-    """A point in a maze, moved by noisy unit steps, pays 1 for every step until it is near the goal.
+    """A point in a maze, moved by noisy unit steps; the reward is -1 for a step, and 0 for the one that comes near the goal.
 
     Observation: the position over the size of the map. Walls stop a move where it meets them.
     """
@@ -271,6 +226,52 @@ def fresh_start(args: Args, *stream: int) -> tuple[Pointmass, np.ndarray, np.ran
     return env, env.reset(seed=seeds(args, *stream)[1])[0], np.random.default_rng((args.seed, *stream))
 
 
+# ---- checks of the settings
+class UserError(Exception):
+    """A user's mistake; main prints it as one line and exits with code 2."""
+
+
+def refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise UserError(message)
+
+
+def check(args: Args) -> None:
+    """Raise UserError, saying what is wrong and what would be right, before anything is written."""
+    above_zero = {"eval_every", "eval_episodes", "learning_rate", "batch_size", "collect_steps", "l2_on_steps"}
+    check_numbers(args, above_zero)
+    check_injections(args, 1, args.total_steps)
+    for name in ("gamma", "expectile", "polyak"):
+        refuse(getattr(args, name) > 1, f"--{name} {getattr(args, name)} must lie between 0 and 1")
+    refuse(args.total_steps == 0, "--offline-steps and --online-steps must not both be 0")
+    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
+    if args.dataset or dataset_path(args).exists():
+        read_dataset(dataset_path(args))
+
+
+def check_numbers(args: Args, above_zero: set[str]) -> None:
+    """Every number is finite and not negative, and those named are above zero."""
+    for name, value in vars(args).items():
+        if isinstance(value, int | float):
+            bound = "above 0" if name in above_zero else "0 or more"
+            wrong = not 0 <= value < math.inf or (value == 0 and name in above_zero)
+            refuse(wrong, f"--{name.replace('_', '-')} {value} must be {bound}")
+
+
+def check_injections(args: Args, first_step: int, last_step: int) -> None:
+    """The injection settings agree with each other and with the steps in which injections are possible."""
+    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
+    refuse((trigger is None) != (args.injection_threshold is None), "--injection-trigger needs --injection-threshold")
+    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
+    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
+    refuse(
+        not trigger and len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}"
+    )
+    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
+    outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
+    refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
+
+
 # ---- network
 def mlp(*widths: int, layer_norm: bool = False, leaky_relu: bool = False) -> nn.Sequential:
     """Linear layers with tanh between them (ReLU does worse here)."""
@@ -281,7 +282,7 @@ def mlp(*widths: int, layer_norm: bool = False, leaky_relu: bool = False) -> nn.
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
 
-def fresh_q(args: Args, step: int) -> nn.Sequential:
+def fresh_network(args: Args, step: int) -> nn.Sequential:
     """A newly initialised critic, observations (batch, 2) to Q-values (batch, 5), decided by (seed, step) alone."""
     torch.manual_seed(seeds(args, step)[0])
     return mlp(2, 64, 64, len(MOVES), layer_norm=args.layer_norm, leaky_relu=args.leaky_relu).to(args.device)
@@ -335,7 +336,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
 
 # ---- regularisation
 def l2_coefficient(args: Args, step: int) -> float:
-    """lambda(k) of paper 3.2 at environment step k."""
+    """lambda(k) of paper 3.2 at step k."""
     if args.l2 == "constant":
         return args.l2_lambda
     if args.l2 == "incremental":
@@ -624,11 +625,11 @@ def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
 
 def networks(args: Args, injected_at: list[int]) -> tuple:
     """Q, its target network, V, actor, and the optimisers of Q and of V with actor, after injections at these steps."""
-    q = fresh_q(args, 0)
+    q = fresh_network(args, 0)
     v, actor = mlp(2, 64, 64, 1).to(args.device), mlp(2, 128, 128, len(MOVES)).to(args.device)
     target_network = copy.deepcopy(q).requires_grad_(False)
     for step in injected_at:
-        q, target_network = inject(q, target_network, fresh_q(args, step))
+        q, target_network = inject(q, target_network, fresh_network(args, step))
     return q, target_network, v, actor, adam(args, trained(q)), adam(args, v, actor)
 
 
@@ -659,7 +660,7 @@ def train(args: Args) -> Path:
     for step in progress:
         online = step > args.offline_steps
         if injection_due(args, step, state["injected_at"], state["smoothed"]):  # paper 3.1
-            q, target_network = inject(q, target_network, fresh_q(args, step))
+            q, target_network = inject(q, target_network, fresh_network(args, step))
             q_optimizer = adam(args, trained(q))
             parts |= {"q": q, "target_network": target_network, "q_optimizer": q_optimizer}
             state["injected_at"], state["smoothed"] = [*state["injected_at"], step], None

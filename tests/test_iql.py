@@ -301,11 +301,11 @@ def test_an_injection_changes_nothing_at_that_moment_and_only_the_critic_after_i
 
 def test_injected_networks_train_f1_alone_and_agree_on_the_fresh_network():
     args = small_args()
-    h, lagging = iql.fresh_q(args, 0), iql.fresh_q(args, 1).requires_grad_(False)
+    h, lagging = iql.fresh_network(args, 0), iql.fresh_network(args, 1).requires_grad_(False)
     obs = torch.rand(64, 2)
     q_before, target_before = h(obs), lagging(obs)
-    q, target_network = iql.inject(h, lagging, iql.fresh_q(args, 2))
-    q, target_network = iql.inject(q, target_network, iql.fresh_q(args, 3))
+    q, target_network = iql.inject(h, lagging, iql.fresh_network(args, 2))
+    q, target_network = iql.inject(q, target_network, iql.fresh_network(args, 3))
     assert torch.equal(q(obs), q_before) and torch.equal(target_network(obs), target_before)
     for a, b in zip(q.f1.parameters(), target_network.f1.parameters()):
         assert torch.equal(a, b) and a is not b
