@@ -287,18 +287,19 @@ def check_injections(args: Args, first_step: int, last_step: int) -> None:
 
 
 def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
-    """The disk has room for all that the replay will ever hold."""
+    """The disk has room for all that the replay will ever hold, and for the checkpoint and its successor."""
     folder, (slot, interval, slots) = run_folder(args), replay_layout(obs_space, args)
     ring = folder / "replay"
     if (folder / "checkpoint.pt").exists() and not ring.exists():  # finished, nothing will be written
         return
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
     free += getattr(ring.stat(), "st_blocks", 0) * 512 if ring.exists() else 0
+    free -= (60_000_000 if rom(args.env) else 1_000_000) * (1 + args.injections)  # two checkpoints, and the log
     needed = slot.itemsize * min(slots, interval * math.ceil(args.total_steps / args.eval_every))
     fits = free // slot.itemsize - (slots - args.buffer_size)
     hint = f", or start a new run with --buffer-size {fits}" if fits >= max(2, args.batch_size) else ""
-    sizes = f"needs {needed / 1e9:.3f} GB of disk, {free / 1e9:.3f} GB are free"
-    refuse(needed > free, f"the replay {sizes}: make room{hint}")
+    sizes = f"{needed / 1e6:,.1f} MB of disk, {max(0, free) / 1e6:,.1f} MB are free for it"
+    refuse(needed > free, f"the replay needs {sizes}: make room{hint}")
 
 
 # ---- network
@@ -726,13 +727,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        tqdm.write(f"error: {error} What was saved before is kept.", file=sys.stderr)
+        print(f"error: {error} What was saved before is kept.", file=sys.stderr)
         return 1
     except OSError as error:
-        tqdm.write(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
+        print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        tqdm.write(f"Stopped: {go_on}", file=sys.stderr)
+        print(f"Stopped: {go_on}", file=sys.stderr)
         return 130
     print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
     return 0

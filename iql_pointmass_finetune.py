@@ -733,13 +733,13 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except FloatingPointError as error:
-        tqdm.write(f"error: {error} What was saved before is kept.", file=sys.stderr)
+        print(f"error: {error} What was saved before is kept.", file=sys.stderr)
         return 1
     except OSError as error:
-        tqdm.write(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
+        print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        tqdm.write(f"Stopped: {go_on}", file=sys.stderr)
+        print(f"Stopped: {go_on}", file=sys.stderr)
         return 130
     print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
     return 0
