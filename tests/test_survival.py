@@ -333,7 +333,9 @@ def test_too_little_disk_is_refused_with_the_buffer_size_that_fits(monkeypatch, 
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**12, 0, free))
     fits = False
     error = attempt()
-    assert re.fullmatch(r"error: .*7,\d+.\d MB of disk, 940.0 MB are free for it: make room, .* --buffer-size \d+\n", error)
+    assert re.fullmatch(
+        r"error: .*7,\d+.\d MB of disk, 940.0 MB are free for it: make room, .* --buffer-size \d+\n", error
+    )
     size = int(error.split()[-1])
     assert 131_000 < size < 133_000  # of 7 KB each
     assert attempt("--buffer-size", str(size + 1))
