@@ -26,6 +26,7 @@ import itertools
 import json
 import math
 import os
+import shutil
 import signal
 import sys
 import time
@@ -259,6 +260,7 @@ def check(args: Args) -> None:
     )
     flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
     refuse(not (flat or rom(args.env)), f"--env {args.env} has observations {obs}; needed is a flat Box of float32")
+    check_disk(args, obs)
 
 
 def check_numbers(args: Args, above_zero: set[str]) -> None:
@@ -282,6 +284,22 @@ def check_injections(args: Args, first_step: int, last_step: int) -> None:
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
     outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
     refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
+
+
+def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
+    """The disk has room for all that the replay will ever hold, and for the checkpoint and its successor."""
+    folder, (slot, interval, slots) = run_folder(args), replay_layout(obs_space, args)
+    ring = folder / "replay"
+    if (folder / "checkpoint.pt").exists() and not ring.exists():  # finished, nothing will be written
+        return
+    free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
+    free += getattr(ring.stat(), "st_blocks", 0) * 512 if ring.exists() else 0
+    free -= (60_000_000 if rom(args.env) else 1_000_000) * (1 + args.injections)  # two checkpoints, and the log
+    needed = slot.itemsize * min(slots, interval * math.ceil(args.total_steps / args.eval_every))
+    fits = free // slot.itemsize - (slots - args.buffer_size)
+    hint = f", or start a new run with --buffer-size {fits}" if fits >= max(2, args.batch_size) else ""
+    sizes = f"{needed / 1e6:,.1f} MB of disk, {max(0, free) / 1e6:,.1f} MB are free for it"
+    refuse(needed > free, f"the replay needs {sizes}: make room{hint}")
 
 
 # ---- network
@@ -398,6 +416,17 @@ class Batch(NamedTuple):
     terminated: torch.Tensor
 
 
+def replay_layout(obs_space: gym.spaces.Box, args: Args) -> tuple[np.dtype, int, int]:
+    """What a slot of the replay is, how many slots the steps between two checkpoints take at most, how many there are."""
+    stacked = len(obs_space.shape) == 3
+    frame = ("frame", obs_space.dtype, obs_space.shape[1:] if stacked else obs_space.shape)
+    # end: no transition starts here; age: steps since the reset, as far as a stack looks back
+    rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("age", "u1")]
+    interval = int(args.eval_every * (17 / 16 if stacked else 2))  # for ends, too: at worst one a step, few on Atari
+    interval += obs_space.shape[0] if stacked else 1
+    return np.dtype([frame, *rest]), interval, args.buffer_size + interval
+
+
 class Replay:
     """A ring of single frames in a memory-mapped file, so that an Atari transition costs 7 KB, and only once written.
 
@@ -409,15 +438,12 @@ class Replay:
     def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, new: bool = True):
         self.obs_shape, self.buffer_size = obs_space.shape, args.buffer_size
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
-        frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
-        # end: no transition starts here; age: steps since the reset, as far as a stack looks back
-        rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("age", "u1")]
-        room = args.eval_every * (17 / 16 if self.stack > 1 else 2)  # for ends, too: at worst one a step, few on Atari
-        slots = args.buffer_size + int(room) + self.stack
-        self.file = np.memmap(path, [frame, *rest], "w+" if new else "r+", shape=slots)
+        slot, self.interval, slots = replay_layout(obs_space, args)
+        self.file = np.memmap(path, slot, "w+" if new else "r+", shape=slots)
         self.ring = self.file.view(np.ndarray)  # the same memory, without memmap's slow indexing
         # Slots are numbered from the start of the run; slot k lies at k modulo the length of the ring.
         self.next = 0  # slot to be written
+        self.reserved = 0  # slots before this one have their place on the disk
         self.first = 0  # first slot since the replay was emptied
         self.added = 0  # transitions since then
         self.age = 0  # steps of the episode
@@ -429,7 +455,21 @@ class Replay:
     def load_state_dict(self, state: dict[str, int]) -> None:
         vars(self).update(state)
 
+    def reserve(self) -> None:
+        """Take the disk for one interval ahead, or raise OSError.
+
+        A write to a memory map that finds the disk full would kill the process by a signal (SIGBUS), without a word.
+        """
+        start = self.next % len(self.ring)
+        slots = min(self.interval, len(self.ring) - start)  # from the start of the ring on, all is taken already
+        if hasattr(os, "posix_fallocate"):  # Linux
+            with open(self.file.filename, "r+b") as file:
+                os.posix_fallocate(file.fileno(), start * self.ring.itemsize, slots * self.ring.itemsize)
+        self.reserved = self.next + slots
+
     def add(self, obs, action: int, reward: float, next_obs, terminated: bool, episode_over: bool) -> None:
+        if self.next + 1 >= self.reserved:
+            self.reserve()
         self._write(self.next, obs, action, reward, terminated, end=False)
         self.next, self.added, self.age = self.next + 1, self.added + 1, self.age + 1
         self._write(self.next, next_obs, 0, 0.0, False, end=True)  # overwritten unless the episode is over
@@ -504,9 +544,13 @@ def variant(args: Args) -> str:
     return "+".join(parts) or "standard"
 
 
+def run_folder(args: Args) -> Path:
+    return Path("runs") / f"{args.env.replace('/', '-')}__{variant(args)}__seed{args.seed}"
+
+
 def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
     """The run's folder, a lock on it, and its checkpoint if there is one. Raises UserError."""
-    folder = Path("runs") / f"{args.env.replace('/', '-')}__{variant(args)}__seed{args.seed}"
+    folder = run_folder(args)
     config, path = json.loads(json.dumps(asdict(args))), folder / "config.json"
     if path.exists():
         there = json.loads(path.read_text())
@@ -520,7 +564,7 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
-    replace_file(path, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    replace_file(path, (json.dumps(config, indent=2) + "\n").encode())
     path = folder / "checkpoint.pt"
     if not path.exists():
         return folder, lock, None
@@ -536,11 +580,12 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
     return folder, lock, checkpoint
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that it is whole or absent, whenever the process is killed."""
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or absent, whenever the process is killed or the disk is full."""
+    temporary = path.with_suffix(".tmp")  # one left over is overwritten
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -548,7 +593,9 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 def save_checkpoint(folder: Path, state: dict, **parts) -> None:
     """Save plain values and the state_dict of everything that has one."""
     whole = state | {name: part.state_dict() for name, part in parts.items()}
-    replace_file(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
+    file = io.BytesIO()  # on a full disk torch.save raises RuntimeErrors of its own, a plain write says what is wrong
+    torch.save(whole, file)
+    replace_file(folder / "checkpoint.pt", file.getvalue())
 
 
 # ---- training
@@ -610,6 +657,7 @@ def train(args: Args) -> Path:
     folder, lock, checkpoint = open_run(args)
     if checkpoint and checkpoint["step"] == args.total_steps:
         print(f"{folder} is finished; nothing is left to do.")
+        (folder / "replay").unlink(missing_ok=True)  # if it was killed just before it could
         lock.release()
         return folder
     torch.set_num_threads(torch.get_num_threads() if rom(args.env) else 1)  # one thread beats two on a small network
@@ -682,8 +730,8 @@ def train(args: Args) -> Path:
             envs, obs, rng = fresh_start(args, step)
             episode_return, update = 0.0, {}
     log.close()
-    lock.release()
     (folder / "replay").unlink(missing_ok=True)
+    lock.release()
     return folder
 
 
@@ -694,17 +742,21 @@ def cli(run: Run, learning: Learning, injection: Injection, l2: L2, architecture
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    go_on = "the same command goes on from the last checkpoint, or starts over if there is none yet."
     try:
         args = parse(cli)
         folder = train(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {error} The log and the last checkpoint are kept.", file=sys.stderr)
+    except FloatingPointError as error:
+        print(f"error: {error} What was saved before is kept.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped: {go_on}", file=sys.stderr)
         return 130
     print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
     return 0

@@ -456,7 +456,7 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
-    replace_file(path, lambda path: path.write_bytes(file.getvalue()))
+    replace_file(path, file.getvalue())
 
 
 def offline_data(args: Args) -> dict[str, np.ndarray]:
@@ -532,9 +532,13 @@ def variant(args: Args) -> str:
     return "+".join(parts) or "standard"
 
 
+def run_folder(args: Args) -> Path:
+    return Path("runs") / f"{args.env.replace('/', '-')}__{variant(args)}__seed{args.seed}"
+
+
 def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
     """The run's folder, a lock on it, and its checkpoint if there is one. Raises UserError."""
-    folder = Path("runs") / f"{args.env.replace('/', '-')}__{variant(args)}__seed{args.seed}"
+    folder = run_folder(args)
     config, path = json.loads(json.dumps(asdict(args))), folder / "config.json"
     if path.exists():
         there = json.loads(path.read_text())
@@ -548,7 +552,7 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
         lock.acquire(timeout=0)
     except filelock.Timeout:
         raise UserError(f"{folder} is in use by another process") from None
-    replace_file(path, lambda path: path.write_text(json.dumps(config, indent=2) + "\n"))
+    replace_file(path, (json.dumps(config, indent=2) + "\n").encode())
     path = folder / "checkpoint.pt"
     if not path.exists():
         return folder, lock, None
@@ -564,11 +568,12 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
     return folder, lock, checkpoint
 
 
-def replace_file(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file so that it is whole or absent, whenever the process is killed."""
-    temporary = path.with_suffix(".tmp")
-    write(temporary)
-    with open(temporary, "rb") as file:
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or absent, whenever the process is killed or the disk is full."""
+    temporary = path.with_suffix(".tmp")  # one left over is overwritten
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -576,7 +581,9 @@ def replace_file(path: Path, write: Callable[[Path], None]) -> None:
 def save_checkpoint(folder: Path, state: dict, **parts) -> None:
     """Save plain values and the state_dict of everything that has one."""
     whole = state | {name: part.state_dict() for name, part in parts.items()}
-    replace_file(folder / "checkpoint.pt", lambda path: torch.save(whole, path))
+    file = io.BytesIO()  # on a full disk torch.save raises RuntimeErrors of its own, a plain write says what is wrong
+    torch.save(whole, file)
+    replace_file(folder / "checkpoint.pt", file.getvalue())
 
 
 # ---- training
@@ -719,17 +726,21 @@ def cli(run: Run, learning: Learning, injection: Injection, l2: L2, architecture
 
 def main() -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    go_on = "the same command goes on from the last checkpoint, or starts over if there is none yet."
     try:
         args = parse(cli)
         folder = train(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
-        print(f"error: {error} The log and the last checkpoint are kept.", file=sys.stderr)
+    except FloatingPointError as error:
+        print(f"error: {error} What was saved before is kept.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on from the last checkpoint.", file=sys.stderr)
+        print(f"Stopped: {go_on}", file=sys.stderr)
         return 130
     print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
     return 0

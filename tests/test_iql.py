@@ -341,7 +341,7 @@ def test_both_scripts_hold_the_same_code():
 
     ours, theirs = definitions("iql_pointmass_finetune.py"), definitions("dqn_plasticity.py")
     same = "Injected trained inject smooth injection_due l2_coefficient squared_norm Architecture UserError refuse "
-    same += "check_numbers check_injections variant open_run replace_file save_checkpoint parse main"
+    same += "check_numbers check_injections variant run_folder open_run replace_file save_checkpoint parse main"
     assert [name for name in same.split() if ours[name] != theirs[name]] == []
 
 
@@ -423,40 +423,6 @@ def test_a_run_through_the_command_line():
     )
     assert picture["trajectories"].shape == (10, 101, 2) and picture["trajectories"].dtype == np.float32
     assert (picture["trajectories"][:, 0] == picture["start"]).all()
-
-
-@pytest.mark.parametrize("stop_at", [3, 14, 26, 33])
-def test_an_interrupted_run_continues_to_the_same_bits(stop_at, monkeypatch, tmp_path):
-    """Also when it is stopped while a checkpoint is written (step 30, see below)."""
-    settings = {"offline_steps": 20, "injection_steps": (21, 32), "l2": "incremental"}
-    monkeypatch.setattr(iql, "LOG_EVERY", 4)
-    whole = log_of(iql.train(small_args(**settings)))
-    (tmp_path / "elsewhere").mkdir()
-    monkeypatch.chdir(tmp_path / "elsewhere")
-    update, calls, replace = iql.polyak_update, [], iql.os.replace
-
-    def stopping_update(*rest):
-        calls.append(None)
-        if len(calls) == stop_at:
-            raise KeyboardInterrupt
-        update(*rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(iql, "polyak_update", stopping_update)
-        with pytest.raises(KeyboardInterrupt):
-            iql.train(small_args(**settings))
-
-    def stopping_replace(source, destination):
-        if destination.name == "checkpoint.pt" and torch.load(source)["step"] == 30:
-            raise KeyboardInterrupt
-        replace(source, destination)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(iql.os, "replace", stopping_replace)
-        if stop_at < 30:
-            with pytest.raises(KeyboardInterrupt):
-                iql.train(small_args(**settings))
-    assert log_of(iql.train(small_args(**settings))) == whole
 
 
 def test_l2_shrinks_the_critic():
