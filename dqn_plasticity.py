@@ -246,7 +246,7 @@ def check(args: Args) -> None:
         args.env == "Digits" and parts_of_tasks, "--eval-every must be whole tasks of 1500, --learning-starts below it"
     )
     if not rom(args.env) and gym_id(args.env) not in gym.registry:
-        names = {spec.name for spec in gym.registry.values()} | set(gym.registry)
+        names = {spec.name for spec in gym.registry.values()}
         close = difflib.get_close_matches(args.env, names, cutoff=0.5) or ["MsPacman", "LunarLander", "Digits"]
         raise UserError(f"--env {args.env}: no such task; perhaps {' or '.join(close)}?")
     try:
@@ -275,7 +275,10 @@ def check_numbers(args: Args, above_zero: set[str]) -> None:
 def check_injections(args: Args, first_step: int, last_step: int) -> None:
     """The injection settings agree with each other and with the steps in which injections are possible."""
     steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    refuse((trigger is None) != (args.injection_threshold is None), "--injection-trigger needs --injection-threshold")
+    refuse(
+        (trigger is None) != (args.injection_threshold is None),
+        "--injection-trigger and --injection-threshold need each other",
+    )
     refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
     refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
     refuse(
@@ -559,7 +562,7 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
             differences = ", ".join(f"{name} {there.get(name)} (now {config.get(name)})" for name in names)
             raise UserError(f"{folder} holds a run with other settings: {differences}; move it away or start elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # a run stopped in a notebook may go on in it
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -572,7 +575,7 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # checks what torch.load does not
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise all sorts
         raise UserError(f"{path} cannot be read ({type(error).__name__}); delete it to start this run over") from error
     if checkpoint["format"] != CHECKPOINT_FORMAT:
@@ -658,7 +661,7 @@ def train(args: Args) -> Path:
     if checkpoint and checkpoint["step"] == args.total_steps:
         print(f"{folder} is finished; nothing is left to do.")
         (folder / "replay").unlink(missing_ok=True)  # if it was killed just before it could
-        lock.release()
+        lock.release(force=True)
         return folder
     torch.set_num_threads(torch.get_num_threads() if rom(args.env) else 1)  # one thread beats two on a small network
     state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log_bytes": 0}
@@ -731,7 +734,7 @@ def train(args: Args) -> Path:
             episode_return, update = 0.0, {}
     log.close()
     (folder / "replay").unlink(missing_ok=True)
-    lock.release()
+    lock.release(force=True)
     return folder
 
 

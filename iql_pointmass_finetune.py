@@ -261,7 +261,10 @@ def check_numbers(args: Args, above_zero: set[str]) -> None:
 def check_injections(args: Args, first_step: int, last_step: int) -> None:
     """The injection settings agree with each other and with the steps in which injections are possible."""
     steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    refuse((trigger is None) != (args.injection_threshold is None), "--injection-trigger needs --injection-threshold")
+    refuse(
+        (trigger is None) != (args.injection_threshold is None),
+        "--injection-trigger and --injection-threshold need each other",
+    )
     refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
     refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
     refuse(
@@ -547,7 +550,7 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
             differences = ", ".join(f"{name} {there.get(name)} (now {config.get(name)})" for name in names)
             raise UserError(f"{folder} holds a run with other settings: {differences}; move it away or start elsewhere")
     folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock")
+    lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # a run stopped in a notebook may go on in it
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout:
@@ -560,7 +563,7 @@ def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip():  # checks what torch.load does not
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location=args.device, weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes torch raise all sorts
         raise UserError(f"{path} cannot be read ({type(error).__name__}); delete it to start this run over") from error
     if checkpoint["format"] != CHECKPOINT_FORMAT:
@@ -646,7 +649,7 @@ def train(args: Args) -> Path:
     folder, lock, checkpoint = open_run(args)
     if checkpoint and checkpoint["step"] == args.total_steps and (folder / "picture.npz").exists():
         print(f"{folder} is finished; nothing is left to do.")
-        lock.release()
+        lock.release(force=True)
         return folder
     torch.set_num_threads(1)  # one thread beats two on small networks
     data = offline_data(args)
@@ -715,7 +718,7 @@ def train(args: Args) -> Path:
             episode_return = 0.0
     save_picture(folder / "picture.npz", args, data, v, actor)
     log.close()
-    lock.release()
+    lock.release(force=True)
     return folder
 
 
