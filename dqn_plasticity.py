@@ -1,8 +1,8 @@
 """Deep Q-learning that measures its own loss of plasticity, with every remedy of the paper as a flag.
 
-A network that has trained for long may stop learning. This file trains one on an Atari game, on LunarLander (or any Gymnasium
-task with flat observations and discrete actions) or on Digits, which shows the collapse in a minute. It logs what the
-literature proposes as signs of lost plasticity (metrics.py). The update is double DQN (van Hasselt et al. 2016):
+A network that has trained for long may stop learning. This file trains one on an Atari game, on LunarLander (or any
+Gymnasium task with flat observations and discrete actions) or on Digits, which shows the collapse in a minute. It logs
+what the literature proposes as signs of lost plasticity (metrics.py). The update is double DQN (van Hasselt 2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
     loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2                phi: the parameters that train (paper 3.2)
@@ -67,7 +67,7 @@ def by_task(atari: float, other: float, digits: float) -> type:
 
 @dataclass
 class Run:
-    """What to run; a step is one of the environment. Defaults in brackets: [Atari | LunarLander and others | Digits]."""
+    """What to run; a step is one of the environment. Defaults: [Atari | LunarLander and others | Digits]."""
 
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
@@ -150,9 +150,9 @@ class Args(Architecture, L2, Injection, Learning, Run):
 class Digits(gym.Env):
     """A task over 100 handwritten digits whose labels are drawn anew in every episode (Lyle et al. 2023).
 
-    Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label, which leads to an image of the next
-    label (modulo 10); 0 otherwise, which leads to any image. One episode is one task of 1,500 steps, so its return says
-    how well the network could still learn. Chance is 150.
+    Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label, which leads to an image of the
+    next label (modulo 10); 0 otherwise, which leads to any image. One episode is one task of 1,500 steps, so its return
+    says how well the network could still learn. Chance is 150.
     """
 
     def __init__(self):
@@ -196,8 +196,8 @@ def gym_id(env_id: str) -> str:
 def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
     """`num_envs` copies of a task. Observations: uint8 (num_envs, 4, 84, 84) of Atari, float (num_envs, n) of others.
 
-    Atari as in Mnih et al. 2015, but episodes end with the game, not with a life: up to 30 no-ops at the start, frame skip 4
-    with the maximum over the last two, no sticky actions, FIRE pressed where a game needs it. Rewards are the game's own.
+    Atari as in Mnih et al. 2015, but episodes end with the game, not with a life: up to 30 no-ops at the start, frame
+    skip 4 with the maximum over the last two, no sticky actions, FIRE pressed where needed. Rewards are the game's own.
     """
     if rom(env_id):
         return AtariVectorEnv(rom(env_id), num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
@@ -212,8 +212,8 @@ def seeds(args: Args, step: int) -> list[int]:
 def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
     """A new environment, its first observation, and the random stream of training, all decided by (seed, step).
 
-    Training starts afresh like this after every checkpoint, so that a checkpoint needs neither the state of an emulator nor
-    that of a random generator, and a run that was killed goes on exactly like one that was not (dqn_zoo does the same).
+    Training starts afresh like this after every checkpoint, so that a checkpoint needs neither the state of an emulator
+    nor that of a random generator, and a run that was killed goes on exactly like one that was not (as in dqn_zoo).
     """
     envs = make_env(args.env)
     return envs, envs.reset(seed=seeds(args, step)[1])[0], np.random.default_rng((args.seed, step))
@@ -318,7 +318,7 @@ def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
 
 
 class QNetwork(nn.Sequential):
-    """network_input(observations), (batch, ...), to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
+    """network_input(observations) to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         def hidden(layer: nn.Module, shape: tuple[int, ...]) -> list[nn.Module]:
@@ -420,7 +420,7 @@ class Batch(NamedTuple):
 
 
 def replay_layout(obs_space: gym.spaces.Box, args: Args) -> tuple[np.dtype, int, int]:
-    """What a slot of the replay is, how many slots the steps between two checkpoints take at most, how many there are."""
+    """What a slot of the replay holds, how many the steps between two checkpoints take at most, how many there are."""
     stacked = len(obs_space.shape) == 3
     frame = ("frame", obs_space.dtype, obs_space.shape[1:] if stacked else obs_space.shape)
     # end: no transition starts here; age: steps since the reset, as far as a stack looks back
@@ -434,8 +434,9 @@ class Replay:
     """A ring of single frames in a memory-mapped file, so that an Atari transition costs 7 KB, and only once written.
 
     A slot holds the newest frame of an observation (a flat observation is one frame) and what followed. The observation
-    that ends an episode has a slot too, which no transition starts from. The ring has room for the steps of one interval
-    between evaluations beyond `buffer_size`, so that a run which is continued from its last checkpoint finds all it had.
+    that ends an episode has a slot too, which no transition starts from. The ring has room for the steps of one
+    interval between evaluations beyond `buffer_size`, so that a run which is continued from its last checkpoint finds
+    all it had.
     """
 
     def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, new: bool = True):
@@ -487,7 +488,7 @@ class Replay:
         self.first, self.added = self.next, 0
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
-        """Uniform over the newest `buffer_size` slots. Frames from before an episode's start are black, as in its stack."""
+        """Uniform over the newest `buffer_size` slots. Frames before an episode's start are black, as in a stack."""
         oldest = max(self.first, self.next - self.buffer_size)
         slots = rng.integers(oldest, self.next, size=batch_size)
         while (ends := self.ring["end"][slots % len(self.ring)]).any():
@@ -504,7 +505,7 @@ class Replay:
 
 # ---- acting and evaluation
 def epsilon(args: Args, step: int, replay: Replay) -> float:
-    """Linear from start_e to end_e, on Atari only once learning starts. In Digits every task starts with random actions."""
+    """Linear from start_e to end_e, on Atari once learning starts. In Digits every task starts with random actions."""
     if args.env == "Digits" and replay.added < args.learning_starts:
         return 1.0
     begin = args.learning_starts if rom(args.env) else 0
@@ -646,7 +647,7 @@ def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
 
 
 def networks(envs: gym.vector.VectorEnv, args: Args, injected_at: list[int]) -> tuple:
-    """Q, the target network and the optimiser as they are at the start of a run, and after injections at these steps."""
+    """Q, the target network and the optimiser as at the start of a run, and after injections at these steps."""
     q = fresh_network(envs, args, 0)
     target_network = copy.deepcopy(q).requires_grad_(False)
     for step in injected_at:
@@ -655,7 +656,7 @@ def networks(envs: gym.vector.VectorEnv, args: Args, injected_at: list[int]) -> 
 
 
 def train(args: Args) -> Path:
-    """Train one agent and return the folder of its run. Raises UserError, and FloatingPointError when training diverges."""
+    """Train one agent and return its run's folder. Raises UserError, and FloatingPointError when training diverges."""
     check(args)
     folder, lock, checkpoint = open_run(args)
     if checkpoint and checkpoint["step"] == args.total_steps:
@@ -710,7 +711,7 @@ def train(args: Args) -> Path:
             episode_return = 0.0
             obs, _ = envs.reset()
         if args.env == "Digits" and (episode_over or checkpoint_due):
-            # New labels: what is stored would poison the targets with the old ones, a fault of memory and not of plasticity.
+            # New labels: what is stored would poison the targets with old ones, a fault of memory, not of plasticity.
             # The weights, the target network and the optimiser stay, for they are what loses its plasticity.
             replay.empty()
 
@@ -739,7 +740,7 @@ def train(args: Args) -> Path:
 
 
 def cli(run: Run, learning: Learning, injection: Injection, l2: L2, architecture: Architecture) -> Args:
-    """Deep Q-learning with measures of lost plasticity and remedies against it. What it writes is a run folder in runs/."""
+    """Deep Q-learning with measures of lost plasticity and remedies against it. It writes to runs/."""
     return Args(**vars(run), **vars(learning), **vars(injection), **vars(l2), **vars(architecture))
 
 

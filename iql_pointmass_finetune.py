@@ -5,7 +5,7 @@ them alone, then goes on in the environment (paper section 5). The optimal retur
 IQL (Kostrikov et al. 2022) never asks for the value of an action that the data do not hold. One update, on one batch:
 
     u       = Q_target(s, a) - V(s)
-    loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5: V is nearly the best of the data's actions
+    loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5: V nears the data's best Q
     loss_Q  = mean (r + gamma * (1 - terminated) * V(s') - Q(s, a))^2     their eq. 6
               + lambda(step) * ||phi||^2                                  phi: the parameters that train (paper 3.2)
     loss_pi = -mean min(exp(beta * u), 100) * log pi(a | s)               their eq. 7
@@ -147,7 +147,7 @@ MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # of an action along axis 0 
 
 
 class Pointmass(gym.Env):
-    """A point in a maze, moved by noisy unit steps; the reward is -1 for a step, and 0 for the one that comes near the goal.
+    """A point in a maze, moved by noisy unit steps; the reward is -1 for a step, 0 for one that comes near the goal.
 
     Observation: the position over the size of the map. Walls stop a move where it meets them.
     """
@@ -219,8 +219,9 @@ def seeds(args: Args, *stream: int) -> list[int]:
 def fresh_start(args: Args, *stream: int) -> tuple[Pointmass, np.ndarray, np.random.Generator]:
     """A new environment, its first observation, and a random stream, all decided by (seed, stream).
 
-    Training starts afresh like this after every checkpoint, with the step as its stream: a checkpoint then needs no state of
-    an environment or a random generator, and a run that was killed goes on exactly like one that was not (as in dqn_zoo).
+    Training starts afresh like this after every checkpoint, with the step as its stream: a checkpoint then needs no
+    state of an environment or a random generator, and a run that was killed goes on exactly like one that was not (as
+    in dqn_zoo).
     """
     env = Pointmass(args.env)
     return env, env.reset(seed=seeds(args, *stream)[1])[0], np.random.default_rng((args.seed, *stream))

@@ -1,11 +1,10 @@
 """Plasticity metrics and the CSV log: the only code that both agents share.
 
-A *unit* is an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and
-Linear, without biases and normalisation parameters. Nothing here draws a random number or changes a network, so measuring
-never disturbs training.
+A *unit* is an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d
+and Linear, without biases and normalisation parameters. Nothing here draws a random number or changes a network, so
+measuring never disturbs training.
 
     Dohare et al. 2024    Loss of plasticity in deep continual learning (Nature 632)
-    Lyle et al. 2023      Understanding plasticity in neural networks (ICML)
     Roy & Vetterli 2007   The effective rank: a measure of effective dimensionality (EUSIPCO)
     Sokar et al. 2023     The dormant neuron phenomenon in deep reinforcement learning (ICML)
 """
@@ -26,8 +25,8 @@ ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh)
 def effective_rank(matrix: torch.Tensor) -> float:
     """exp(-sum p log p) with p = s / sum(s) for the singular values s (Roy & Vetterli 2007; paper section 2).
 
-    `matrix` has shape (out, ...); a convolution's weight is read as (out, in * kernel height * kernel width).
-    Returns a number between 1 and the rank of the matrix, and 0 for the zero matrix. Raises ValueError for NaN or infinity.
+    `matrix` has shape (out, ...); a convolution's weight is read as (out, in * kernel height * kernel width). Returns a
+    number between 1 and the rank of the matrix, and 0 for the zero matrix. Raises ValueError for NaN or infinity.
     """
     matrix = torch.as_tensor(matrix).detach().flatten(1).cpu().double()
     scale = matrix.abs().amax().item() if matrix.numel() else 0.0
@@ -35,8 +34,8 @@ def effective_rank(matrix: torch.Tensor) -> float:
         raise ValueError("effective_rank: the matrix holds NaN or infinity")
     if scale == 0:
         return 0.0
-    # The singular values are the roots of the eigenvalues of the smaller Gram matrix, which for a 512 x 3136 layer is far
-    # cheaper than its SVD. Squaring loses singular values below 1e-8 of the largest: they are noise in float32 weights.
+    # The singular values are the roots of the eigenvalues of the smaller Gram matrix, far cheaper than the SVD of a
+    # 512 x 3136 layer. Squaring loses those below 1e-8 of the largest: they are noise in float32 weights.
     matrix = matrix / scale  # so that squaring neither overflows nor underflows
     gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
     singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
@@ -79,10 +78,10 @@ def updated_units(network: nn.Module) -> float:
 
 
 def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold: float = 0.025) -> float:
-    """Percentage of hidden units whose mean |activation| is at most `threshold` of their layer's mean (Sokar et al. 2023).
+    """Percentage of hidden units whose mean |activation| is at most `threshold` of the layer's (Sokar et al. 2023).
 
-    `activations`: a tensor per hidden layer, or one tensor, of shape (batch, units) or (batch, channels, height, width).
-    Raises ValueError for NaN or infinity.
+    `activations`: a tensor per hidden layer, or one tensor, of shape (batch, units) or (batch, channels, height,
+    width). Raises ValueError for NaN or infinity.
     """
     layers = [activations] if isinstance(activations, torch.Tensor) else list(activations)
     dormant, units = 0, 0
@@ -128,18 +127,18 @@ class CSVLog:
     """
 
     def __init__(self, path: str | Path, columns: Iterable[str], offset: int = 0):
-        self.file = open(path, "r+" if offset else "w", newline="")  # noqa: SIM115 - stays open for the run
+        self.file = open(path, "r+" if offset else "w", buffering=1, newline="")  # noqa: SIM115 - open for the run
+        if self.file.seek(0, os.SEEK_END) < offset:
+            raise OSError(f"{path} has lost rows since the last checkpoint, which needs all of them")
         self.file.truncate(offset)
         self.file.seek(offset)
         self.writer = csv.DictWriter(self.file, list(columns), lineterminator="\n")
         if not offset:
             self.writer.writeheader()
-            self.file.flush()
 
     def write(self, row: dict) -> None:
         """Append one row. Raises ValueError for an unknown column, OSError when the disk is full."""
         self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-        self.file.flush()
 
     def sync(self) -> int:
         """Bring the rows to the disk and return the file's length in bytes, for a checkpoint."""

@@ -1,8 +1,9 @@
 """Figures and a table from the logs of both agents, also while runs are still going on: python plot.py runs/
 
-A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving average;
-its band is the 95 % bootstrap interval over the seeds. Where only some of the seeds have arrived, the line is of those and
-has no band. Runs of one variant whose settings differ are never averaged: each has a line that names what differs.
+A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving
+average; its band is the 95 % bootstrap interval over the seeds. Where only some of the seeds have arrived, the line is
+of those and has no band. Runs of one variant whose settings differ are never averaged: each has a line that names what
+differs.
 """
 
 import argparse
@@ -24,7 +25,7 @@ COLUMNS = {"score": "correct actions in a task (%)", "eval_return": "evaluation 
 COLUMNS |= {"train_return": "training return (sum of rewards)", "erank": "average effective rank"}
 COLUMNS |= {"feature_erank": "effective rank of the features", "weight_magnitude": "weight magnitude (mean |w|)"}
 COLUMNS |= {"updated_units": "updated units (%)", "dormant_units": "dormant units (%)"}
-# The colour of all variants that begin like this, the same in every figure; in the order of the legends; "": all others.
+# The colour of all variants that begin like this, in every figure; in the order of the legends; "": all others.
 blue, orange, green, red, purple, brown, pink, grey, yellow, sky = sns.color_palette("colorblind")
 COLOURS = {"standard": "black", "injection-1": blue, "injection-2": orange, "injection-3": green, "l2-constant": purple}
 COLOURS |= {"l2-incremental": pink, "l2-periodic": brown, "layer-norm": red, "leaky-relu": sky, "": grey}
@@ -59,7 +60,7 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
 
 
 def read_runs(folders: list[Path]) -> pd.DataFrame:
-    """The logs of all runs in and below the folders; `label` names the line in which a run is drawn, in legend order."""
+    """The logs of all runs in and below the folders; `label` names the line that shows a run, in legend order."""
     logs, settings, left_out = {}, {}, []
     for folder in sorted({path for root in folders for path in (root, *root.glob("**/"))}):
         if not (folder / "log.csv").exists() and any(path.is_dir() for path in folder.iterdir()):  # a folder of runs
@@ -101,7 +102,7 @@ def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
 
 
 def summarise(runs: pd.DataFrame, estimator: str) -> pd.DataFrame:
-    """For each row of `runs`, a column per run: the centre, and where no run lacks a value its 95 % bootstrap interval."""
+    """For each row of `runs`, a column per run: the centre, and its 95 % bootstrap interval where no run lacks one."""
     centre, complete = CENTRES[estimator], runs.dropna()
     line = pd.DataFrame({"centre": centre(runs.to_numpy(), axis=1), "low": np.nan, "high": np.nan}, runs.index)
     if len(complete) and runs.shape[1] > 1:

@@ -1,7 +1,7 @@
 """How fast MsPacman trains on this machine, as Markdown tables: python tests/benchmark.py (some minutes; not a test).
 
-The runs of a table take turns, because a machine's speed drifts. Where stable-baselines3 happens to be installed, its DQN
-takes turns with ours, on the same settings; it knows no double Q, so its update is a forward pass of five shorter.
+The runs of a table take turns, because a machine's speed drifts. Where stable-baselines3 happens to be installed, its
+DQN takes turns with ours, on the same settings; it knows no double Q, so its update is a forward pass of five shorter.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ SETTINGS = {"learning_starts": START, "total_steps": START + STEPS + 1, "start_e
 
 
 def ours(*injection_steps: int) -> tuple[float, pstats.Stats]:
-    """Steps per second while learning, as logged just before the last step with its evaluation; and the run's profile."""
+    """Steps per second while learning, as logged just before the last step and its evaluation; the run's profile."""
     args, profile = dqn.Args(injection_steps=injection_steps, eval_episodes=1, **SETTINGS), cProfile.Profile()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
         run = profile.runcall(dqn.train, args)

@@ -263,7 +263,7 @@ def test_a_batch_is_uniform_over_the_transitions_and_never_starts_at_an_episode_
 
 
 def test_td_loss_by_hand():
-    """Double Q: the online network chooses the action, the target network values it; nothing follows a terminal step."""
+    """Double Q: the online network chooses the action, the target values it; nothing follows a terminal step."""
     q = torch.nn.Linear(1, 2)
     q.weight.data, q.bias.data = torch.tensor([[1.0], [-1.0]]), torch.zeros(2)
     target = torch.nn.Linear(1, 2)

@@ -205,8 +205,8 @@ def test_fixed_point_of_the_three_updates_on_a_chain():
             parameter.data -= gradient
         iql.polyak_update(target_network, q, 0.5)
 
-    # By hand, from the end backwards: the two actions are equally frequent, so V = tau * Q(on) + (1 - tau) * Q(stay), for
-    # moving on is better; and Q(stay) = -1 + gamma * V. Solved for V:
+    # By hand, from the end backwards: the two actions are equally frequent, so V = tau * Q(on) + (1 - tau) * Q(stay),
+    # for moving on is better; and Q(stay) = -1 + gamma * V. Solved for V:
     onward = 0.0
     for s in (2, 1, 0):
         value = (tau * onward - (1 - tau)) / (1 - (1 - tau) * gamma)

@@ -153,5 +153,8 @@ def test_log_is_flushed_leaves_gaps_empty_and_continues_at_an_offset(tmp_path):
     log.close()
     with open(path) as file:
         assert list(csv.reader(file)) == [["step", "loss", "erank"], ["1", "", "2"], ["2", "0.333333", ""]]
+    with pytest.raises(OSError, match="lost rows"):
+        metrics.CSVLog(path, ["step", "loss", "erank"], path.stat().st_size + 1)
+    assert len(path.read_text().splitlines()) == 3
     with pytest.raises(ValueError):
         metrics.CSVLog(path, ["step"]).write({"step": 1, "typo": 2})
