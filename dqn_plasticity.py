@@ -237,14 +237,10 @@ def check(args: Args) -> None:
     for name in ("gamma", "start_e", "end_e", "exploration_fraction"):
         refuse(getattr(args, name) > 1, f"--{name.replace('_', '-')} {getattr(args, name)} must lie between 0 and 1")
     refuse(args.buffer_size < max(2, args.batch_size), "--buffer-size must be at least --batch-size, and 2")
-    refuse(
-        args.learning_starts >= args.total_steps, "--learning-starts must lie before the end of the run, --total-steps"
-    )
+    refuse(args.learning_starts >= args.total_steps, "--learning-starts must lie below --total-steps")
     refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
-    parts_of_tasks = args.eval_every % 1_500 or args.learning_starts >= 1_500
-    refuse(
-        args.env == "Digits" and parts_of_tasks, "--eval-every must be whole tasks of 1500, --learning-starts below it"
-    )
+    parts_of_tasks = args.env == "Digits" and (args.eval_every % 1_500 or args.learning_starts >= 1_500)
+    refuse(parts_of_tasks, "--eval-every must be whole tasks of 1500, --learning-starts below it")
     if not rom(args.env) and gym_id(args.env) not in gym.registry:
         names = {spec.name for spec in gym.registry.values()}
         close = difflib.get_close_matches(args.env, names, cutoff=0.5) or ["MsPacman", "LunarLander", "Digits"]
@@ -254,10 +250,8 @@ def check(args: Args) -> None:
     except Exception as error:  # whatever a third-party environment raises
         raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
     actions, obs = envs.single_action_space, envs.single_observation_space
-    refuse(
-        not isinstance(actions, gym.spaces.Discrete),
-        f"--env {args.env} has actions {actions}; needed are Discrete ones",
-    )
+    discrete = isinstance(actions, gym.spaces.Discrete)
+    refuse(not discrete, f"--env {args.env} has actions {actions}; needed are Discrete ones")
     flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
     refuse(not (flat or rom(args.env)), f"--env {args.env} has observations {obs}; needed is a flat Box of float32")
     check_disk(args, obs)
@@ -275,15 +269,12 @@ def check_numbers(args: Args, above_zero: set[str]) -> None:
 def check_injections(args: Args, first_step: int, last_step: int) -> None:
     """The injection settings agree with each other and with the steps in which injections are possible."""
     steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    refuse(
-        (trigger is None) != (args.injection_threshold is None),
-        "--injection-trigger and --injection-threshold need each other",
-    )
+    alone = (trigger is None) != (args.injection_threshold is None)
+    refuse(alone, "--injection-trigger and --injection-threshold need each other")
     refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
     refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
-    refuse(
-        not trigger and len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}"
-    )
+    differ = not trigger and len(steps) != args.injections
+    refuse(differ, f"--injections {args.injections} but --injection-steps {shown}")
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
     outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
     refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
@@ -604,7 +595,7 @@ def save_checkpoint(folder: Path, state: dict, **parts) -> None:
 
 # ---- training
 def q_and_target(q: nn.Module, target_network: nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q(s) and Q_target(s). After an injection, what both hold frozen runs once: four networks instead of six."""
+    """Q(s) and Q_target(s). After an injection, what both hold frozen runs once: 4 networks in place of 6."""
     if not isinstance(q, Injected):
         return q(obs), target_network(obs)
     h, f2 = q.h(obs), q.f2(obs)

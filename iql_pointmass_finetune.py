@@ -262,15 +262,12 @@ def check_numbers(args: Args, above_zero: set[str]) -> None:
 def check_injections(args: Args, first_step: int, last_step: int) -> None:
     """The injection settings agree with each other and with the steps in which injections are possible."""
     steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    refuse(
-        (trigger is None) != (args.injection_threshold is None),
-        "--injection-trigger and --injection-threshold need each other",
-    )
+    alone = (trigger is None) != (args.injection_threshold is None)
+    refuse(alone, "--injection-trigger and --injection-threshold need each other")
     refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
     refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
-    refuse(
-        not trigger and len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}"
-    )
+    differ = not trigger and len(steps) != args.injections
+    refuse(differ, f"--injections {args.injections} but --injection-steps {shown}")
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
     outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
     refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
@@ -658,10 +655,9 @@ def train(args: Args) -> Path:
     state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log_bytes": 0}
     env, obs, rng = fresh_start(args, state["step"])
     q, target_network, v, actor, q_optimizer, optimizer = networks(args, state["injected_at"])
-    parts = {"q": q, "target_network": target_network, "v": v, "actor": actor, "replay": replay}
-    parts |= {"q_optimizer": q_optimizer, "optimizer": optimizer}
     if checkpoint:
-        for name, part in parts.items():
+        parts = {"q": q, "target_network": target_network, "q_optimizer": q_optimizer, "replay": replay}
+        for name, part in (parts | {"v": v, "actor": actor, "optimizer": optimizer}).items():
             part.load_state_dict(checkpoint[name])
     log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log_bytes"])
     episode_return, returns, shown, logged_at = 0.0, [], {}, (state["step"], time.perf_counter())
@@ -673,7 +669,6 @@ def train(args: Args) -> Path:
         if injection_due(args, step, state["injected_at"], state["smoothed"]):  # paper 3.1
             q, target_network = inject(q, target_network, fresh_network(args, step))
             q_optimizer = adam(args, trained(q))
-            parts |= {"q": q, "target_network": target_network, "q_optimizer": q_optimizer}
             state["injected_at"], state["smoothed"] = [*state["injected_at"], step], None
 
         if online:
@@ -714,7 +709,8 @@ def train(args: Args) -> Path:
             returns, logged_at = [], (step, time.perf_counter())
         if checkpoint_due:
             state |= {"step": step, "log_bytes": log.sync()}
-            save_checkpoint(folder, state, **parts)
+            parts = {"q": q, "target_network": target_network, "q_optimizer": q_optimizer, "replay": replay}
+            save_checkpoint(folder, state, **parts, v=v, actor=actor, optimizer=optimizer)
             env, obs, rng = fresh_start(args, step)
             episode_return = 0.0
     save_picture(folder / "picture.npz", args, data, v, actor)
