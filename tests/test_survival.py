@@ -18,23 +18,25 @@ import filelock
 import numpy as np
 import pytest
 import torch
+from ale_py.vector_env import AtariVectorEnv
 
 import dqn_plasticity as dqn
 import iql_pointmass_finetune as iql
 
 resource = pytest.importorskip("resource", reason="not on Windows")
 
-RUNS = {  # each a few intervals between evaluations, with an injection inside one
-    "CartPole-v1": "--total-steps 2000 --eval-every 500 --eval-episodes 2 --learning-starts 300 --injection-steps 1101",
-    "Digits": "--total-steps 4500 --eval-every 1500 --injection-steps 2001",
-    "Breakout": "--total-steps 400 --eval-every 100 --eval-episodes 1 --learning-starts 50 --injection-steps 221",
-    "PointmassHard": "--total-steps 120 --eval-every 30 --eval-episodes 2 --injection-steps 62",
+DQN = (
+    "--total-steps 2000 --eval-every 500 --eval-episodes 2 --learning-starts 300 --injection-steps 1101 --batch-size 16"
+)
+DQN += " --buffer-size 1500 --train-frequency"
+IQL = "--collect-steps 120 --offline-steps 60 --online-steps 60 --eval-every 30 --eval-episodes 2 --injection-steps 62"
+RUNS = {  # each a few intervals between evaluations, with an injection inside one; a later flag replaces an earlier one
+    "CartPole-v1": f"{DQN} 4",
+    "Digits": f"{DQN} 16 --total-steps 4500 --eval-every 1500 --injection-steps 2001",
+    "MsPacman": f"{DQN} 4 --total-steps 300 --eval-every 100 --eval-episodes 1 --learning-starts 50 --injection-steps 121",
+    "PointmassHard": IQL,
 }
 RUNS = {env: f"--env {env} --device cpu --l2 incremental {flags}" for env, flags in RUNS.items()}
-for env in set(RUNS) - {"PointmassHard"}:
-    RUNS[env] += " --buffer-size 1500 --batch-size 16 --train-frequency 4"
-RUNS["PointmassHard"] = RUNS["PointmassHard"].replace("--total-steps 120", "--offline-steps 60 --online-steps 60")
-RUNS["PointmassHard"] += " --collect-steps 120"
 SHORT = pytest.mark.parametrize("env", ["CartPole-v1", "PointmassHard"])
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dqn_plasticity", "iql_pointmass_finetune", "torch._dynamo"])  # imported only once
@@ -55,7 +57,11 @@ def run(env, *more_flags):
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["script", *RUNS[env].split(), *more_flags])
-        patch.setattr(script(env), "LOG_EVERY", settings(env).eval_every // 4)
+        patch.setattr(script(env), "LOG_EVERY", settings(env).eval_every // 2)
+        short_episodes = functools.partial(
+            AtariVectorEnv, max_num_frames_per_episode=240
+        )  # for evaluations of a second
+        patch.setattr(dqn, "AtariVectorEnv", short_episodes)
         try:
             return script(env).main()
         finally:
