@@ -25,15 +25,14 @@ import iql_pointmass_finetune as iql
 
 resource = pytest.importorskip("resource", reason="not on Windows")
 
-DQN = (
-    "--total-steps 2000 --eval-every 500 --eval-episodes 2 --learning-starts 300 --injection-steps 1101 --batch-size 16"
-)
-DQN += " --buffer-size 1500 --train-frequency"
+DQN = "--total-steps 2000 --eval-every 500 --eval-episodes 2 --learning-starts 300 --injection-steps 1101"
+DQN += " --batch-size 16 --buffer-size 1500 --train-frequency"
 IQL = "--collect-steps 120 --offline-steps 60 --online-steps 60 --eval-every 30 --eval-episodes 2 --injection-steps 62"
 RUNS = {  # each a few intervals between evaluations, with an injection inside one; a later flag replaces an earlier one
     "CartPole-v1": f"{DQN} 4",
     "Digits": f"{DQN} 16 --total-steps 4500 --eval-every 1500 --injection-steps 2001",
-    "MsPacman": f"{DQN} 4 --total-steps 300 --eval-every 100 --eval-episodes 1 --learning-starts 50 --injection-steps 121",
+    "MsPacman": f"{DQN} 4 --total-steps 300 --eval-every 100 --eval-episodes 1 --learning-starts 50 --injection-steps 121"
+    " --target-network-frequency 70",  # before and after the target shares what is frozen
     "PointmassHard": IQL,
 }
 RUNS = {env: f"--env {env} --device cpu --l2 incremental {flags}" for env, flags in RUNS.items()}
