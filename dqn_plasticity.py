@@ -593,6 +593,12 @@ def save_checkpoint(folder: Path, state: dict, **parts) -> None:
     replace_file(folder / "checkpoint.pt", file.getvalue())
 
 
+def load_checkpoint(checkpoint: dict | None, **parts) -> None:
+    """Give everything that has a state_dict its state back, if there is a checkpoint."""
+    for name, part in parts.items() if checkpoint else ():
+        part.load_state_dict(checkpoint[name])
+
+
 # ---- training
 def q_and_target(q: nn.Module, target_network: nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Q(s) and Q_target(s). After an injection, what both hold frozen runs once: 4 networks in place of 6."""
@@ -660,9 +666,7 @@ def train(args: Args) -> Path:
     envs, obs, rng = fresh_start(args, state["step"])
     q, target_network, optimizer = networks(envs, args, state["injected_at"])
     replay = Replay(folder / "replay", envs.single_observation_space, args, new=not checkpoint)
-    if checkpoint:
-        for name, part in {"q": q, "target_network": target_network, "optimizer": optimizer, "replay": replay}.items():
-            part.load_state_dict(checkpoint[name])
+    load_checkpoint(checkpoint, q=q, target_network=target_network, optimizer=optimizer, replay=replay)
     log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log_bytes"])
     episode_return, returns, update, shown, logged_at = 0.0, [], {}, {}, (state["step"], time.perf_counter())
 
@@ -709,14 +713,12 @@ def train(args: Args) -> Path:
         if step % LOG_EVERY == 0 or checkpoint_due:
             row = {"step": step, "epsilon": exploration, "l2_lambda": l2_coefficient(args, step)}
             row |= {"injections": len(state["injected_at"])} | measurements(trained(q), update)
-            if returns:
-                row["train_return"] = float(np.mean(returns))
+            row["train_return"] = np.mean(returns) if returns else None
             if update and args.injection_trigger:
                 state["smoothed"] = smooth(state["smoothed"], row[args.injection_trigger])
-            if checkpoint_due and args.env != "Digits":
-                row["eval_return"] = evaluate(q, args, step)
+            row["eval_return"] = evaluate(q, args, step) if checkpoint_due and args.env != "Digits" else None
             log.write(row | {"steps_per_second": (step - logged_at[0]) / (time.perf_counter() - logged_at[1])})
-            shown |= {name: row[name] for name in ("train_return", "eval_return") if name in row}
+            shown |= {name: row[name] for name in ("train_return", "eval_return") if row[name] is not None}
             progress.set_postfix(shown)
             returns, logged_at = [], (step, time.perf_counter())
         if checkpoint_due:

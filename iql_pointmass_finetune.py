@@ -587,6 +587,12 @@ def save_checkpoint(folder: Path, state: dict, **parts) -> None:
     replace_file(folder / "checkpoint.pt", file.getvalue())
 
 
+def load_checkpoint(checkpoint: dict | None, **parts) -> None:
+    """Give everything that has a state_dict its state back, if there is a checkpoint."""
+    for name, part in parts.items() if checkpoint else ():
+        part.load_state_dict(checkpoint[name])
+
+
 # ---- training
 def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
     """mean |expectile - 1(u < 0)| u^2 (IQL eq. 5)."""
@@ -655,10 +661,8 @@ def train(args: Args) -> Path:
     state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log_bytes": 0}
     env, obs, rng = fresh_start(args, state["step"])
     q, target_network, v, actor, q_optimizer, optimizer = networks(args, state["injected_at"])
-    if checkpoint:
-        parts = {"q": q, "target_network": target_network, "q_optimizer": q_optimizer, "replay": replay}
-        for name, part in (parts | {"v": v, "actor": actor, "optimizer": optimizer}).items():
-            part.load_state_dict(checkpoint[name])
+    rest = {"v": v, "actor": actor, "optimizer": optimizer, "replay": replay}
+    load_checkpoint(checkpoint, q=q, target_network=target_network, q_optimizer=q_optimizer, **rest)
     log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log_bytes"])
     episode_return, returns, shown, logged_at = 0.0, [], {}, (state["step"], time.perf_counter())
 
@@ -697,20 +701,17 @@ def train(args: Args) -> Path:
             row = {"step": step, "phase": "online" if online else "offline", "l2_lambda": l2_lambda}
             row |= {"injections": len(state["injected_at"])}
             row |= measurements(trained(q), batch, (v_loss, q_loss, actor_loss, values))
-            if returns:
-                row["train_return"] = float(np.mean(returns))
+            row["train_return"] = np.mean(returns) if returns else None
             if args.injection_trigger:
                 state["smoothed"] = smooth(state["smoothed"], row[args.injection_trigger])
-            if checkpoint_due:
-                row["eval_return"], _ = evaluate(actor, args, step, args.eval_episodes)
+            row["eval_return"] = evaluate(actor, args, step, args.eval_episodes)[0] if checkpoint_due else None
             log.write(row | {"steps_per_second": (step - logged_at[0]) / (time.perf_counter() - logged_at[1])})
-            shown |= {name: row[name] for name in ("train_return", "eval_return") if name in row}
+            shown |= {name: row[name] for name in ("train_return", "eval_return") if row[name] is not None}
             progress.set_postfix(shown)
             returns, logged_at = [], (step, time.perf_counter())
         if checkpoint_due:
             state |= {"step": step, "log_bytes": log.sync()}
-            parts = {"q": q, "target_network": target_network, "q_optimizer": q_optimizer, "replay": replay}
-            save_checkpoint(folder, state, **parts, v=v, actor=actor, optimizer=optimizer)
+            save_checkpoint(folder, state, q=q, target_network=target_network, q_optimizer=q_optimizer, **rest)
             env, obs, rng = fresh_start(args, step)
             episode_return = 0.0
     save_picture(folder / "picture.npz", args, data, v, actor)
