@@ -14,6 +14,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,18 +23,21 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dqn_plasticity as dqn
 
-ROUNDS, START, STEPS = 5, 400, 600  # START steps to fill the replay and STEPS with learning, greedy but for 1 %
-SETTINGS = {"learning_starts": START, "total_steps": START + STEPS + 1, "start_e": 0.01, "buffer_size": 20_000}
+ROUNDS, STEPS = 5, 500  # STEPS to fill the replay and as many with learning, greedy but for 1 %
+SETTINGS = {"learning_starts": STEPS, "total_steps": 2 * STEPS + 1, "start_e": 0.01, "buffer_size": 20_000}
+SETTINGS |= {"target_network_frequency": STEPS + 1}  # copied once, just after the injections
+NAMES = {"decorate_context": "epsilon_greedy", "step": "envs.step", "wrapper": "optimizer.step", "inner": "zero_grad"}
+NAMES |= {"_no_grad_wrapper": "clip_grad_norm_"}  # of functions that are decorated
 
 
-def ours(*injection_steps: int) -> tuple[float, pstats.Stats]:
-    """Steps per second while learning, as logged just before the last step and its evaluation; the run's profile."""
-    args, profile = dqn.Args(injection_steps=injection_steps, eval_episodes=1, **SETTINGS), cProfile.Profile()
+def ours(*injection_steps: int, call: Callable = lambda function, args: function(args)) -> float:
+    """Steps per second while learning, as logged just before the last step and its evaluation."""
+    args = dqn.Args(injection_steps=injection_steps, eval_episodes=1, **SETTINGS)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
-        run = profile.runcall(dqn.train, args)
+        run = call(dqn.train, args)
         with open(run / "log.csv") as log:
             speeds = {int(row["step"]): float(row["steps_per_second"]) for row in csv.DictReader(log)}
-    return speeds[START + STEPS], pstats.Stats(profile)
+    return speeds[2 * STEPS]
 
 
 def stable_baselines3():
@@ -49,12 +53,12 @@ def stable_baselines3():
     settings = {name: getattr(args, name) for name in same} | {"train_freq": args.train_frequency}
     settings |= {"exploration_initial_eps": args.start_e, "exploration_final_eps": args.end_e}
     model = DQN("CnnPolicy", envs, target_update_interval=args.target_network_frequency, **settings)
-    model.learn(START)
+    model.learn(STEPS)
 
-    def run() -> tuple[float, None]:
+    def run() -> float:
         start = time.perf_counter()
         model.learn(STEPS, reset_num_timesteps=False)
-        return STEPS / (time.perf_counter() - start), None
+        return STEPS / (time.perf_counter() - start)
 
     return run
 
@@ -75,34 +79,32 @@ def floor() -> tuple[float, float]:
 
 
 def main() -> None:
-    dqn.LOG_EVERY = 200
-    variants = {"standard": ours, "after one injection": functools.partial(ours, START)}
-    variants["after two injections"] = functools.partial(ours, START - 1, START)
+    dqn.LOG_EVERY = STEPS
+    variants = {"standard": ours, "after one injection": functools.partial(ours, STEPS)}
+    variants["after two injections"] = functools.partial(ours, STEPS - 1, STEPS)
     if their_run := stable_baselines3():
         variants["stable-baselines3"] = their_run
     results = [{name: run() for name, run in variants.items()} for _ in range(ROUNDS)]
     print("| MsPacman | steps per second: median | least to most | standard / this, median of pairs |")
     print("| --- | --- | --- | --- |")
     for name in variants:
-        speeds = [result[name][0] for result in results]
-        ratio = statistics.median(result["standard"][0] / result[name][0] for result in results)
+        speeds = [result[name] for result in results]
+        ratio = statistics.median(result["standard"] / result[name] for result in results)
         print(f"| {name} | {statistics.median(speeds):.1f} | {min(speeds):.1f} to {max(speeds):.1f} | {ratio:.2f} |")
 
-    print("\n| what train() calls | ms a call, median of runs | ms a step |\n| --- | --- | --- |")
-    calls = {}  # of every function that train() calls itself: milliseconds a call in each run, and calls
-    for result in results:
-        for (_, _, name), (*_, callers) in result["standard"][1].stats.items():
-            for (_, _, caller), (_, count, _, seconds) in callers.items():
-                if caller == "train":
-                    calls.setdefault(name, []).append((1e3 * seconds / count, count))
-    per_step = {name: statistics.median(ms * count for ms, count in runs) for name, runs in calls.items()}
-    for name in sorted(calls, key=per_step.get, reverse=True)[:14]:
-        print(f"| {name} | {statistics.median(ms for ms, _ in calls[name]):.2f} | {per_step[name] / STEPS:.2f} |")
+    profile = cProfile.Profile()
+    ours(call=profile.runcall)
+    calls = []  # of train() to others: milliseconds in all, times, name
+    for (_, _, name), (*_, callers) in pstats.Stats(profile).stats.items():
+        for (_, _, caller), (_, times, _, seconds) in callers.items():
+            if caller == "train":
+                calls.append((1e3 * seconds, times, NAMES.get(name, name)))
+    print(f"\n| train() calls in {2 * STEPS} steps | times | ms each |\n| --- | --- | --- |")
+    for ms, times, name in sorted(calls, reverse=True)[:15]:
+        print(f"| {name} | {times} | {ms / times:.2f} |")
 
     gflop, rate = floor()
-    print(
-        f"\nAn update is {gflop:.2f} GFLOP: at the {rate:.0f} GFLOP/s of a matrix product, {1e3 * gflop / rate:.1f} ms."
-    )
+    print(f"\nAn update is {gflop:.2f} GFLOP, at {rate:.0f} GFLOP/s of a matrix product {1e3 * gflop / rate:.1f} ms.")
 
 
 if __name__ == "__main__":

@@ -341,7 +341,8 @@ def test_both_scripts_hold_the_same_code():
 
     ours, theirs = definitions("iql_pointmass_finetune.py"), definitions("dqn_plasticity.py")
     same = "Injected trained inject smooth injection_due l2_coefficient squared_norm Architecture UserError refuse "
-    same += "check_numbers check_injections variant run_folder open_run replace_file save_checkpoint load_checkpoint parse main"
+    same += "check_numbers check_injections variant run_folder open_run replace_file save_checkpoint "
+    same += "load_checkpoint parse main"
     assert [name for name in same.split() if ours[name] != theirs[name]] == []
 
 
