@@ -19,7 +19,7 @@ import metrics
 SCRIPT = Path(dqn.__file__)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU"))]
 SMALL = {"total_steps": 3_000, "eval_every": 1_000, "eval_episodes": 2, "learning_starts": 300, "buffer_size": 2_000}
-SMALL |= {"batch_size": 16, "train_frequency": 2}
+SMALL |= {"batch_size": 16, "train_frequency": 4}
 
 
 def command_line(*arguments, timeout=100):
@@ -80,7 +80,7 @@ def test_injection_changes_no_value_of_online_or_target_network_by_a_bit(frames,
 
 
 def test_sharing_what_is_frozen_changes_no_value_by_a_bit(frames):
-    args, envs = dqn.Args(env="MsPacman", device="cpu"), dqn.make_env("MsPacman")
+    args, envs, frames = dqn.Args(env="MsPacman", device="cpu"), dqn.make_env("MsPacman"), frames[:32]
     q, target = dqn.fresh_network(envs, args, 0), dqn.fresh_network(envs, args, 1).requires_grad_(False)
     for step in (2, 3):
         q, target = dqn.inject(q, target, dqn.fresh_network(envs, args, step))
@@ -230,7 +230,7 @@ def test_replay_gives_back_the_observations_to_the_byte_across_episodes_and_the_
                 assert number - transition <= args.buffer_size
                 obs, action, next_obs, terminated = recorded[transition]
                 for stored, returned in ((batch.obs[i], obs), (batch.next_obs[i], next_obs)):
-                    assert torch.equal(stored, dqn.network_input(returned))  # which maps no two pixels to one number
+                    assert torch.equal(stored, dqn.network_input(returned[None])[0])  # of one pixel, one number
                 assert batch.action[i] == action and batch.terminated[i] == terminated
                 checked, terminal = checked + 1, terminal + terminated
     assert replay.next > 2 * len(replay.ring) and terminal > 0 and checked > 2_000
@@ -323,7 +323,8 @@ def test_a_seed_decides_everything_and_measuring_changes_nothing(monkeypatch):
     def run(folder, **settings):
         Path(folder).mkdir()
         monkeypatch.chdir(folder)
-        folder = dqn.train(dqn.Args(env="CartPole-v1", injections=1, l2="constant", **SMALL | settings)).resolve()
+        settings = SMALL | {"total_steps": 1_500, "eval_every": 500} | settings
+        folder = dqn.train(dqn.Args(env="CartPole-v1", injections=1, l2="constant", **settings)).resolve()
         monkeypatch.chdir(folder.parent.parent.parent)
         return log_without_speed(folder), torch.load(folder / "checkpoint.pt")["q"]
 
@@ -422,7 +423,7 @@ def test_updated_units_fall_in_the_standard_agent_and_not_with_layer_norm():
 
 
 def test_two_thousand_steps_of_mspacman_through_the_command_line(tmp_path):
-    done = command_line("--total-steps", 2_000, "--eval-every", 1_000, "--eval-episodes", 1, "--learning-starts", 1_600,
+    done = command_line("--total-steps", 2_000, "--eval-every", 1_000, "--eval-episodes", 1, "--learning-starts", 1_900,
                         "--l2", "periodic", "--l2-on-steps", 1_500, "--l2-off-steps", 1_000)  # fmt: skip
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "runs" / "MsPacman__l2-periodic__seed1"
@@ -437,7 +438,7 @@ def test_two_thousand_steps_of_mspacman_through_the_command_line(tmp_path):
 
 
 def test_lunar_lander_through_the_command_line(tmp_path):
-    done = command_line("--env", "LunarLander", "--total-steps", 2_000, "--eval-every", 1_000, "--learning-starts", 500,
+    done = command_line("--env", "LunarLander", "--total-steps", 2_000, "--eval-every", 1_000, "--learning-starts", 1_000,
                         "--eval-episodes", 3, "--injections", 1, "--layer-norm")  # fmt: skip
     assert done.returncode == 0, done.stderr
     log = rows(tmp_path / "runs" / "LunarLander__layer-norm+injection-1__seed1")
