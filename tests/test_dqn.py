@@ -217,14 +217,14 @@ def test_a_triggered_injection_shows_in_the_log():
 
 @pytest.mark.parametrize("env_id", ["MsPacman", "CartPole-v1"])
 def test_replay_gives_back_the_observations_to_the_byte_across_episodes_and_the_wrap(env_id, tmp_path):
-    steps = 2_500 if env_id == "MsPacman" else 1_000
+    steps = 2_500 if env_id == "MsPacman" else 2_000
     args = dqn.Args(env=env_id, buffer_size=steps // 4, eval_every=60, batch_size=64)
     replay = dqn.Replay(tmp_path / "replay", dqn.make_env(env_id).single_observation_space, args)
     rng, recorded, checked, terminal = np.random.default_rng(0), {}, 0, 0
     for number, (obs, action, next_obs, terminated, over) in enumerate(play(env_id, steps, cut_every=730)):
         recorded[number] = obs, action, next_obs, terminated
         replay.add(obs, action, number, next_obs, terminated, over)  # the reward tells which transition it is
-        if number % 25 == 24:
+        if number % 50 == 49:
             batch = replay.sample(64, rng, "cpu")
             for i, transition in enumerate(batch.reward.int().tolist()):
                 assert number - transition <= args.buffer_size
@@ -337,6 +337,17 @@ def test_a_seed_decides_everything_and_measuring_changes_nothing(monkeypatch):
     assert run("other seed", seed=2)[0] != log
     monkeypatch.setattr(metrics, "measure", lambda network, inputs: {})
     assert same(weights, run("not measured")[1])
+
+
+def test_the_gradient_norm_of_the_log_is_that_before_clipping():
+    def norms(**settings):
+        args = dqn.Args(env="CartPole-v1", **SMALL | {"total_steps": 1_000, "eval_every": 500} | settings)
+        folder = dqn.train(args).rename(f"clipped at {args.max_grad_norm}")
+        return [row["grad_norm"] for row in rows(folder)]
+
+    unclipped = norms()
+    assert float(unclipped[0]) > 0 and unclipped == norms(max_grad_norm=1e9)
+    assert float(norms(max_grad_norm=1e-3)[0]) > 2e-3
 
 
 def test_all_flags_combine():

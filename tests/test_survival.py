@@ -25,7 +25,7 @@ import iql_pointmass_finetune as iql
 
 resource = pytest.importorskip("resource", reason="not on Windows")
 
-DQN = "--total-steps 2000 --eval-every 500 --eval-episodes 2 --learning-starts 300 --injection-steps 1101"
+DQN = "--total-steps 1200 --eval-every 300 --eval-episodes 2 --learning-starts 100 --injection-steps 701"
 DQN += " --batch-size 16 --buffer-size 1500 --train-frequency"
 IQL = "--collect-steps 120 --offline-steps 60 --online-steps 60 --eval-every 30 --eval-episodes 2 --injection-steps 62"
 RUNS = {  # each a few intervals between evaluations, with an injection inside one; a later flag replaces an earlier one
@@ -260,6 +260,20 @@ def test_a_stopped_run_says_how_to_go_on(env, when, number, undisturbed, capsys)
     assert error.count("\n") == 1 and error.startswith("Stopped: the same command goes on")
     if when == "evaluate":
         assert run(env) == 0 and log(env) == undisturbed(env)
+
+
+@SHORT
+def test_a_run_stopped_in_a_notebook_goes_on_in_the_same_process(env, undisturbed, monkeypatch):
+    monkeypatch.setattr(script(env), "LOG_EVERY", settings(env).eval_every // 2)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    with at(env, "injection_due", settings(env).eval_every + 5, interrupt), pytest.raises(KeyboardInterrupt) as stop:
+        script(env).train(settings(env))
+    assert stop.traceback  # which keeps all that train() held, its lock, too
+    script(env).train(settings(env))
+    assert log(env) == undisturbed(env)
 
 
 # ---- refusals
