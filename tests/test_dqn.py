@@ -164,6 +164,13 @@ def test_squared_norm_is_over_all_parameters():
     assert dqn.squared_norm(network).item() == 2 * (1 + 4 + 9 + 16)
 
 
+def test_networks_see_pixels_from_0_to_1_and_flat_observations_as_they_are():
+    pixels = dqn.network_input(np.array([[[[0, 51, 255]]]], np.uint8))
+    torch.testing.assert_close(pixels, torch.tensor([[[[0.0, 0.2, 1.0]]]]))
+    flat = np.array([[-3.0, 300.0]], np.float32)
+    assert np.array_equal(dqn.network_input(flat).numpy(), flat)
+
+
 def test_layer_norm_and_leaky_relu_are_where_the_paper_puts_them():
     args = dqn.Args(env="MsPacman", layer_norm=True, leaky_relu=True)
     names = [type(layer).__name__ for layer in dqn.QNetwork(dqn.make_env("MsPacman"), args)]
