@@ -287,7 +287,7 @@ def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
     if (folder / "checkpoint.pt").exists() and not ring.exists():  # finished, nothing will be written
         return
     free = shutil.disk_usage(next(path for path in (folder, *folder.parents) if path.exists())).free
-    free += getattr(ring.stat(), "st_blocks", 0) * 512 if ring.exists() else 0
+    free += sum(getattr(path.stat(), "st_blocks", 0) * 512 for path in folder.glob("*"))  # what the run has already
     free -= (60_000_000 if rom(args.env) else 1_000_000) * (1 + args.injections)  # two checkpoints, and the log
     needed = slot.itemsize * min(slots, interval * math.ceil(args.total_steps / args.eval_every))
     fits = free // slot.itemsize - (slots - args.buffer_size)
@@ -422,7 +422,7 @@ def replay_layout(obs_space: gym.spaces.Box, args: Args) -> tuple[np.dtype, int,
 
 
 class Replay:
-    """A ring of single frames in a memory-mapped file, so that an Atari transition costs 7 KB, and only once written.
+    """A ring of single frames in a memory-mapped file, so that an Atari transition costs 7 KB, and only once needed.
 
     A slot holds the newest frame of an observation (a flat observation is one frame) and what followed. The observation
     that ends an episode has a slot too, which no transition starts from. The ring has room for the steps of one
@@ -601,7 +601,7 @@ def load_checkpoint(checkpoint: dict | None, **parts) -> None:
 
 # ---- training
 def q_and_target(q: nn.Module, target_network: nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q(s) and Q_target(s). After an injection, what both hold frozen runs once: 4 networks in place of 6."""
+    """Q(s) and Q_target(s). What both hold frozen after an injection runs once: 4 networks, not 6, once h is shared."""
     if not isinstance(q, Injected):
         return q(obs), target_network(obs)
     h, f2 = q.h(obs), q.f2(obs)

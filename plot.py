@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import textwrap
+import zipfile
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -26,7 +27,7 @@ COLUMNS |= {"train_return": "training return (sum of rewards)", "erank": "averag
 COLUMNS |= {"feature_erank": "effective rank of the features", "weight_magnitude": "weight magnitude (mean |w|)"}
 COLUMNS |= {"updated_units": "updated units (%)", "dormant_units": "dormant units (%)"}
 # The colour of all variants that begin like this, in every figure; in the order of the legends; "": all others.
-blue, orange, green, red, purple, brown, pink, grey, yellow, sky = sns.color_palette("colorblind")
+blue, orange, green, red, purple, brown, pink, grey, _, sky = sns.color_palette("colorblind")
 COLOURS = {"standard": "black", "injection-1": blue, "injection-2": orange, "injection-3": green, "l2-constant": purple}
 COLOURS |= {"l2-incremental": pink, "l2-periodic": brown, "layer-norm": red, "leaky-relu": sky, "": grey}
 LEVELS = {"MsPacman": {"human": 6951.6, "random actions": 307.3}}  # Mnih et al. 2015, Wang et al. 2016
@@ -47,7 +48,7 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     log = pd.read_csv(io.StringIO("".join(whole)), dtype=dict.fromkeys(["step", "injections", *COLUMNS], float))
     if log.empty:
         raise ValueError("log.csv has no row yet")
-    log["final"] = (log.step > 0.9 * total) & (log.step.max() > total - 1_000)  # only of a finished run
+    log["final"] = (log.step > 0.9 * total) & (log.step.max() >= total)  # only of a finished run
     log["injected"] = log.injections > log.injections.shift(fill_value=0)
     if env == "Digits":
         log["score"] = 100 * log.pop("train_return") / DIGITS_TASK
@@ -63,9 +64,11 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
     """The logs of all runs in and below the folders; `label` names the line that shows a run, in legend order."""
     logs, settings, left_out = {}, {}, []
     for folder in sorted({path for root in folders for path in (root, *root.glob("**/"))}):
-        if not (folder / "log.csv").exists() and any(path.is_dir() for path in folder.iterdir()):  # a folder of runs
-            continue
         try:
+            if not (folder / "log.csv").exists() and any(
+                path.is_dir() for path in folder.iterdir()
+            ):  # a folder of runs
+                continue
             log, config = read_run(folder)
             if config in settings.values():
                 raise ValueError("another folder holds the same run")
@@ -81,6 +84,19 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
             logs[run]["label"] = ", ".join([variant, *(f"{key}={value}" for key, value in values.items())])
     log = pd.concat(logs.values(), ignore_index=True)
     return log.assign(label=pd.Categorical(log.label, list(line_styles(log.label.unique()))))
+
+
+def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
+    """What the picture of the maze needs, of one run of each variant."""
+    pictures = {}
+    for label, run in log.groupby("label").run.unique().explode().items():
+        try:
+            pictures[label] = dict(np.load(Path(run, "picture.npz")))
+        except FileNotFoundError:  # another task, or unfinished
+            continue
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            print(f"left out {run}/picture.npz: {error}", file=sys.stderr)
+    return pictures
 
 
 def line_styles(labels: list[str]) -> dict[str, dict]:
@@ -227,10 +243,7 @@ def main() -> None:
         columns = [column for column in COLUMNS if column in log]
         figures = {column: draw_figure(log, [column], args.smooth, args.estimator) for column in columns}
         figures["overview"] = draw_figure(log, columns, args.smooth, args.estimator)
-        files = [
-            (label, Path(run, "picture.npz")) for label, run in log.groupby("label").run.unique().explode().items()
-        ]
-        if pictures := {label: np.load(file) for label, file in files if file.exists()}:
+        if pictures := read_pictures(log):
             figures["picture"] = draw_picture(pictures)
         for name, figure in figures.items():
             figure.savefig(args.out / f"{env}_{name}.{args.format}", dpi=150, bbox_inches="tight")

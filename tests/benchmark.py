@@ -1,7 +1,7 @@
 """How fast MsPacman trains on this machine, as Markdown tables: python tests/benchmark.py (some minutes; not a test).
 
 The runs of a table take turns, because a machine's speed drifts. Where stable-baselines3 happens to be installed, its
-DQN takes turns with ours, on the same settings; it knows no double Q, so its update is a forward pass of five shorter.
+DQN takes turns with ours, on the same settings; it has no double Q, so its update has two forward passes, not three.
 """
 
 import contextlib
@@ -63,19 +63,25 @@ def stable_baselines3():
     return run
 
 
-def floor() -> tuple[float, float]:
-    """GFLOP of an update, and GFLOP/s of a matrix product on this machine."""
-    args, envs = dqn.Args(), dqn.make_env("MsPacman")
-    q, target_network, _ = dqn.networks(envs, args, [])
-    obs, zeros = torch.rand(args.batch_size, 4, 84, 84).to(args.device), torch.zeros(args.batch_size).to(args.device)
+def update_gflop(injected_at: list[int]) -> float:
+    """GFLOP of an update, from the first target copy after the injections on."""
+    args, envs = dqn.Args(device="cpu"), dqn.make_env("MsPacman")
+    q, target_network, _ = dqn.networks(envs, args, injected_at)
+    dqn.copy_to_target(q, target_network)
+    obs, zeros = torch.rand(args.batch_size, 4, 84, 84), torch.zeros(args.batch_size)
     with FlopCounterMode(display=False) as counter:
         dqn.td_loss(q, target_network, dqn.Batch(obs, zeros.long(), zeros, obs, zeros), args.gamma)[0].backward()
-    matrix, seconds = torch.rand(2048, 2048).to(args.device), []
+    return counter.get_total_flops() / 1e9
+
+
+def gflop_per_second() -> float:
+    """Of a matrix product on the device of the runs."""
+    matrix, seconds = torch.rand(2048, 2048, device=dqn.Args().device), []
     for _ in range(10):
         start = time.perf_counter()
         (matrix @ matrix)[0, 0].item()
         seconds.append(time.perf_counter() - start)
-    return counter.get_total_flops() / 1e9, 2 * 2.048**3 / min(seconds)
+    return 2 * 2.048**3 / min(seconds)
 
 
 def main() -> None:
@@ -103,8 +109,11 @@ def main() -> None:
     for ms, times, name in sorted(calls, reverse=True)[:15]:
         print(f"| {name} | {times} | {ms / times:.2f} |")
 
-    gflop, rate = floor()
-    print(f"\nAn update is {gflop:.2f} GFLOP, at {rate:.0f} GFLOP/s of a matrix product {1e3 * gflop / rate:.1f} ms.")
+    rate = gflop_per_second()
+    print(f"\nA matrix product runs at {rate:.0f} GFLOP/s. GFLOP of an update, and milliseconds at that rate:")
+    for injected_at in ([], [1], [1, 2]):
+        gflop = update_gflop(injected_at)
+        print(f"after {len(injected_at)} injections: {gflop:.2f}, {1e3 * gflop / rate:.1f}")
 
 
 if __name__ == "__main__":

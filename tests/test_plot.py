@@ -328,7 +328,7 @@ def test_table_and_markdown(tmp_path, command, monkeypatch):
 
 def test_only_unfinished_runs_are_drawn_without_a_table(tmp_path, command):
     write_run(tmp_path, "Task__standard__seed1", [1, 2], total=9_000)
-    write_run(tmp_path, "Task__standard__seed2", range(39), total=40_000)  # in its last 10 %
+    write_run(tmp_path, "Task__standard__seed2", range(39), total=39_500)  # in its last 10 %
     code, output, notes = command(tmp_path)
     assert "seed1: unfinished at step 2,000" in notes and "seed2: unfinished at step 39,000" in notes
     assert code == 0 and output == "" and Path("figures/Task_eval_return.png").exists()
@@ -357,7 +357,12 @@ def test_the_picture_shows_data_values_and_trajectories_in_the_maze():
     assert agent.get_ylim() == (22, 0) and agent.get_xlim() == (0, 22)
 
 
-def test_the_picture_is_made_where_the_run_folder_has_one(command):
+def test_the_picture_is_made_where_the_run_folder_has_one_and_stray_files_stop_nothing(command, tmp_path):
     assert command(*LOGS.glob("Pointmass*"))[0] == 0
     names = {f"PointmassHard_{name}.png" for name in ("eval_return", "overview", "picture")}
     assert {file.name for file in Path("figures").iterdir()} == names
+    damaged = shutil.copytree(LOGS / "PointmassHard__standard__seed1", tmp_path / "PointmassHard__standard__seed1")
+    (damaged / "picture.npz").write_bytes(b"PK half a file")
+    (tmp_path / "sweep.txt").touch()
+    code, _, notes = command(*tmp_path.glob("*"))  # as a shell expands runs/*
+    assert code == 0 and f"left out {damaged}/picture.npz: " in notes and "sweep.txt: [Errno" in notes

@@ -371,14 +371,14 @@ def test_too_little_disk_is_refused_with_the_buffer_size_that_fits(monkeypatch, 
     args = dqn.Args(eval_every=1_000, buffer_size=3_000)
     dqn.run_folder(args).mkdir(parents=True)
     replay = dqn.Replay(dqn.run_folder(args) / "replay", dqn.make_env("MsPacman").single_observation_space, args)
-    taken = 0
     while replay.next < len(replay.ring):
         replay.reserve()
         replay.next = replay.reserved
     taken, free = (dqn.run_folder(args) / "replay").stat().st_blocks * 512, 60_000_000
     assert taken >= replay.ring.nbytes
     attempt("--buffer-size", "3000")
-    (dqn.run_folder(args) / "checkpoint.pt").touch()
+    (dqn.run_folder(args) / "checkpoint.pt").write_bytes(bytes(27_000_000))  # has its place on the disk already
+    free -= 27_000_000
     attempt("--buffer-size", "3000")
     (dqn.run_folder(args) / "replay").unlink()
     attempt("--buffer-size", "3000")
