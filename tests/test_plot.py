@@ -362,7 +362,7 @@ def test_the_picture_is_made_where_the_run_folder_has_one_and_stray_files_stop_n
     names = {f"PointmassHard_{name}.png" for name in ("eval_return", "overview", "picture")}
     assert {file.name for file in Path("figures").iterdir()} == names
     damaged = shutil.copytree(LOGS / "PointmassHard__standard__seed1", tmp_path / "PointmassHard__standard__seed1")
-    (damaged / "picture.npz").write_bytes(b"PK half a file")
+    (damaged / "picture.npz").write_bytes(b"PK\x03\x04 half a file")
     (tmp_path / "sweep.txt").touch()
     code, _, notes = command(*tmp_path.glob("*"))  # as a shell expands runs/*
     assert code == 0 and f"left out {damaged}/picture.npz: " in notes and "sweep.txt: [Errno" in notes
