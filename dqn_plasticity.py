@@ -2,7 +2,7 @@
 
 A network that has trained for long may stop learning. This file trains one on an Atari game, on LunarLander (or any
 Gymnasium task with flat observations and discrete actions) or on Digits, which shows the collapse in a minute. It logs
-what the literature proposes as signs of lost plasticity (metrics.py). The update is double DQN (van Hasselt 2016):
+what the literature takes for signs of lost plasticity (metrics.py). The update is double DQN (van Hasselt et al. 2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
     loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2                phi: the parameters that train (paper 3.2)
@@ -51,7 +51,7 @@ import metrics
 
 gym.register_envs(ale_py)
 
-CHECKPOINT_FORMAT = 1
+CHECKPOINT_FORMAT = 2  # raised whenever the networks or what is saved of them change
 LOG_EVERY = 1_000  # environment steps (paper section 2)
 COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
 COLUMNS += (*metrics.METRICS, "steps_per_second")
