@@ -1,5 +1,7 @@
 """Implicit Q-learning, trained offline and fine-tuned online, with an injection of plasticity at the switch.
 
+"The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement Learning with
+Plasticity Injection and Plasticity Metric Regularization; the README lists all others that are cited here.
 A point has to cross four rooms (PointmassHard). An explorer that does not know the task collects data; IQL learns from
 them alone, then goes on in the environment (paper section 5). The optimal return is -33, random actions get -100.
 IQL (Kostrikov et al. 2022) never asks for the value of an action that the data do not hold. One update, on one batch:
@@ -22,43 +24,36 @@ A run is the folder runs/<env>__<variant>__seed<k>. The same command given again
 """
 
 import collections
-import contextlib
 import copy
 import io
 import itertools
-import json
 import math
-import os
-import signal
 import sys
-import time
-import zipfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import filelock
 import gymnasium as gym
 import numpy as np
 import torch
-import tyro
 from torch import nn
 from tqdm import tqdm
 
 import metrics
+from metrics import UserError, refuse
 
-CHECKPOINT_FORMAT = 1
-LOG_EVERY = 1_000  # steps (paper section 2)
+VERSION = 2  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "phase", "train_return", "eval_return", "q_loss", "v_loss", "actor_loss", "q_mean", "grad_norm")
-COLUMNS += ("l2_lambda", "injections", *metrics.METRICS, "steps_per_second")
+COLUMNS += ("l2_lambda", "injections", *metrics.METRICS)
 
 
 # ---- settings
 @dataclass
-class Run:
-    """What to run, and for how long. A step is one update, online also one environment step."""
+class Args:
+    """Implicit Q-learning, offline then online, with remedies against the loss of plasticity."""
 
+    # The run; a step is one update, online also one of the environment
     env: Literal["PointmassEasy", "PointmassMedium", "PointmassHard"] = "PointmassHard"  # the maze
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
@@ -69,11 +64,7 @@ class Run:
     eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
 
-
-@dataclass
-class Learning:
-    """Implicit Q-learning with Adam."""
-
+    # Implicit Q-learning with Adam
     learning_rate: float = 3e-4  # step size of Adam, for all three networks
     gamma: float = 0.95  # discount per step
     batch_size: int = 128  # transitions in an update
@@ -81,24 +72,13 @@ class Learning:
     beta: float = 10.0  # inverse temperature of the actor: 0 imitates the data, more seeks value
     polyak: float = 0.005  # share of Q that enters the target network at every step
 
-
-EVENLY = tyro.conf.arg(help_behavior_hint="(default: spread evenly over the online phase, from its first step on)")
-
-
-@dataclass
-class Injection:
-    """Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing."""
-
+    # Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
     injections: int = 0  # how many
-    injection_steps: Annotated[tuple[int, ...], EVENLY] = ()  # at which steps
+    injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the online phase, from its start
     injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
 
-
-@dataclass
-class L2:
-    """L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss."""
-
+    # L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
     l2_lambda: float = 1e-4  # constant, periodic: lambda
     l2_start: float = 0.0  # incremental: lambda at the start of the run
@@ -106,18 +86,9 @@ class L2:
     l2_on_steps: int = 50_000  # periodic: steps with lambda (N in the paper)
     l2_off_steps: int = 10_000  # periodic: steps without it (M), then again
 
-
-@dataclass
-class Architecture:
-    """Changes to the Q-network (paper 3.3)."""
-
+    # The Q-network (paper 3.3)
     layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
     leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of every other activation
-
-
-@dataclass
-class Args(Architecture, L2, Injection, Learning, Run):
-    """All settings, flat: --l2-lambda is args.l2_lambda."""
 
     def __post_init__(self):
         if self.device == "auto":
@@ -131,146 +102,6 @@ class Args(Architecture, L2, Injection, Learning, Run):
     @property
     def total_steps(self) -> int:
         return self.offline_steps + self.online_steps
-
-
-# ---- environment
-EASY = "00000 11110 11110 11110 11110"
-MEDIUM = "001000 101010 001011 011001 001101 100001"
-HARD = """00000100000 00000100000 00000000000 00000100000 00000100000 10111100000
-          00000111011 00000100000 00000100000 00000000000 00000100000"""
-TASKS = {  # rows of the map (1: wall), its enlargement, start, goal, the goal's radius, time limit
-    "PointmassEasy": (EASY, 2, (1.0, 1.0), (9.0, 9.0), 2.0, 50),
-    "PointmassMedium": (MEDIUM, 1, (0.5, 0.5), (1.5, 5.5), 1.0, 150),
-    "PointmassHard": (HARD, 2, (2.0, 2.0), (20.0, 20.0), 2.0, 100),
-}
-MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # of an action along axis 0 (the map's rows) and axis 1
-
-
-class Pointmass(gym.Env):
-    """A point in a maze, moved by noisy unit steps; the reward is -1 for a step, 0 for one that comes near the goal.
-
-    Observation: the position over the size of the map. Walls stop a move where it meets them.
-    """
-
-    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
-
-    def __init__(self, task: str = "PointmassHard", render_mode: str | None = None):
-        rows, scale, self.start, self.goal, self.radius, self.time_limit = TASKS[task]
-        small = np.array([[cell == "1" for cell in row] for row in rows.split()])
-        self.walls = small.repeat(scale, 0).repeat(scale, 1)
-        self.size = len(self.walls)
-        # Plain lists and floats are ten times faster than NumPy on two numbers. The far edge belongs to the last cell.
-        self.blocked = np.pad(self.walls, (0, 1), "edge").tolist()
-        self.noise = []
-        self.observation_space = gym.spaces.Box(0.0, 1.0, (2,), np.float32)
-        self.action_space = gym.spaces.Discrete(len(MOVES))
-        self.render_mode = render_mode
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        if seed is not None:
-            self.noise.clear()  # it was drawn from the former generator
-        self.x, self.y = self.start
-        self.elapsed = 0
-        return self.observation(), {}
-
-    def observation(self) -> np.ndarray:
-        return np.array((self.x / self.size, self.y / self.size), np.float32)
-
-    def step(self, action):
-        if not self.noise:  # many at once: a single draw would cost as much as the whole step
-            self.noise = self.np_random.normal(0.0, 0.5, (500, 2)).tolist()
-        move, noise = MOVES[action], self.noise.pop()
-        dx, dy = (move[0] + noise[0]) / 10, (move[1] + noise[1]) / 10
-        x, y, size, blocked = self.x, self.y, self.size, self.blocked
-        for _ in range(10):  # small steps do not jump over walls; the axes take turns, so the point slides along them
-            if 0 <= x + dx <= size and not blocked[int(x + dx)][int(y)]:
-                x += dx
-            if 0 <= y + dy <= size and not blocked[int(x)][int(y + dy)]:
-                y += dy
-        self.x, self.y, self.elapsed = x, y, self.elapsed + 1
-        terminated = math.dist((x, y), self.goal) < self.radius
-        truncated = not terminated and self.elapsed >= self.time_limit
-        return self.observation(), 0.0 if terminated else -1.0, terminated, truncated, {}
-
-    def render(self) -> np.ndarray:
-        """The map from above, axis 0 downwards: the goal green, the point red."""
-        axis = (np.arange(16 * self.size) + 0.5) / 16  # 16 pixels per cell
-        rows, columns = np.meshgrid(axis, axis, indexing="ij")
-        image = (
-            np.where(self.walls[rows.astype(int), columns.astype(int)], 60, 255)[..., None]
-            .repeat(3, 2)
-            .astype(np.uint8)
-        )
-        image[np.hypot(rows - self.goal[0], columns - self.goal[1]) < self.radius] = (90, 190, 90)
-        image[np.hypot(rows - self.x, columns - self.y) < 0.4] = (220, 50, 50)
-        return image
-
-
-for name in TASKS:
-    gym.register(f"{name}-v0", Pointmass, kwargs={"task": name})
-
-
-def seeds(args: Args, *stream: int) -> list[int]:
-    """Two numbers decided by (seed, stream): for a network, for an environment."""
-    return [int(number) for number in np.random.SeedSequence((args.seed, *stream)).generate_state(2)]
-
-
-def fresh_start(args: Args, *stream: int) -> tuple[Pointmass, np.ndarray, np.random.Generator]:
-    """A new environment, its first observation, and a random stream, all decided by (seed, stream).
-
-    Training starts afresh like this after every checkpoint, with the step as its stream: a checkpoint then needs no
-    state of an environment or a random generator, and a run that was killed goes on exactly like one that was not (as
-    in dqn_zoo).
-    """
-    env = Pointmass(args.env)
-    return env, env.reset(seed=seeds(args, *stream)[1])[0], np.random.default_rng((args.seed, *stream))
-
-
-# ---- checks of the settings
-class UserError(Exception):
-    """A user's mistake; main prints it as one line and exits with code 2."""
-
-
-def refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise UserError(message)
-
-
-def check(args: Args) -> None:
-    """Raise UserError, saying what is wrong and what would be right, before anything is written."""
-    above_zero = {"eval_every", "eval_episodes", "learning_rate", "batch_size", "collect_steps", "l2_on_steps"}
-    check_numbers(args, above_zero)
-    check_injections(args, 1, args.total_steps)
-    for name in ("gamma", "expectile", "polyak"):
-        refuse(getattr(args, name) > 1, f"--{name} {getattr(args, name)} must lie between 0 and 1")
-    refuse(args.total_steps == 0, "--offline-steps and --online-steps must not both be 0")
-    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
-    if args.dataset or dataset_path(args).exists():
-        read_dataset(dataset_path(args))
-
-
-def check_numbers(args: Args, above_zero: set[str]) -> None:
-    """Every number is finite and not negative, and those named are above zero."""
-    for name, value in vars(args).items():
-        if isinstance(value, int | float):
-            bound = "above 0" if name in above_zero else "0 or more"
-            wrong = not 0 <= value < math.inf or (value == 0 and name in above_zero)
-            refuse(wrong, f"--{name.replace('_', '-')} {value} must be {bound}")
-
-
-def check_injections(args: Args, first_step: int, last_step: int) -> None:
-    """The injection settings agree with each other and with the steps in which injections are possible."""
-    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    alone = (trigger is None) != (args.injection_threshold is None)
-    refuse(alone, "--injection-trigger and --injection-threshold need each other")
-    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
-    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
-    differ = not trigger and len(steps) != args.injections
-    refuse(differ, f"--injections {args.injections} but --injection-steps {shown}")
-    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
-    outside = steps and not first_step <= steps[0] <= steps[-1] <= last_step
-    refuse(outside, f"--injection-steps {shown} must lie in {first_step}..{last_step}")
 
 
 # ---- network
@@ -316,6 +147,135 @@ def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[I
     return Injected(q, fresh), Injected(target_network, copy.deepcopy(fresh)).requires_grad_(False)
 
 
+# ---- L2 regularisation
+def l2_coefficient(args: Args, step: int) -> float:
+    """lambda(k) of paper 3.2 at step k."""
+    if args.l2 == "constant":
+        return args.l2_lambda
+    if args.l2 == "incremental":
+        return args.l2_start + (args.l2_end - args.l2_start) * step / args.total_steps
+    if args.l2 == "periodic":
+        return args.l2_lambda if step % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
+    return 0.0
+
+
+def squared_norm(network: nn.Module) -> torch.Tensor:
+    """||phi||^2 over all parameters of the network that trains."""
+    return torch.cat([parameter.flatten() for parameter in network.parameters()]).square().sum()
+
+
+# ---- losses
+FIELDS = {"obs": ("float32", (2,)), "action": ("int64", ()), "reward": ("float32", ()), "next_obs": ("float32", (2,))}
+FIELDS |= {"terminated": ("bool", ()), "truncated": ("bool", ())}
+# The tensors of a batch. Their shape is (batch, width), also for plain numbers (batch, 1), as the networks have it.
+Batch = collections.namedtuple("Batch", FIELDS)
+
+
+def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
+    """mean |expectile - 1(u < 0)| u^2 (IQL eq. 5)."""
+    weight = torch.where(difference < 0, 1 - expectile, expectile)
+    return (weight * difference.square()).mean()
+
+
+def iql_losses(q, target_network, v, actor, batch: Batch, args: Args) -> tuple[torch.Tensor, ...]:
+    """The losses of V, Q and actor, each with a gradient for its own network only, and the values Q(s, a)."""
+    with torch.no_grad():
+        target_value = target_network(batch.obs).gather(1, batch.action)
+        td_target = batch.reward + args.gamma * ~batch.terminated * v(batch.next_obs)
+    advantage = target_value - v(batch.obs)
+    v_loss = expectile_loss(advantage, args.expectile)
+    value = q(batch.obs).gather(1, batch.action)
+    q_loss = nn.functional.mse_loss(value, td_target)
+    weight = (args.beta * advantage.detach()).exp().clamp(max=100)
+    actor_loss = -(weight * actor(batch.obs).log_softmax(1).gather(1, batch.action)).mean()
+    return v_loss, q_loss, actor_loss, value
+
+
+# ---- training
+def train(args: Args) -> Path:
+    """Train one agent and return its run's folder. Raises UserError, and FloatingPointError when training diverges."""
+    check(args)
+    settings = asdict(args) | {"version": VERSION}
+    run = metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every, COLUMNS)
+    if run.finished:
+        return run.folder
+    torch.set_num_threads(1)  # one thread beats two on small networks
+    data = offline_data(args)
+    replay = Replay(data, args.online_steps)
+    injected_at = run.state.get("injected_at", [])
+    smoothed = run.state.get("smoothed")  # moving average of the metric that triggers injections
+    q = fresh_network(args, 0)
+    v, actor = mlp(2, 64, 64, 1).to(args.device), mlp(2, 128, 128, len(MOVES)).to(args.device)
+    target_network = copy.deepcopy(q).requires_grad_(False)
+    for step in injected_at:  # those of a run that goes on
+        q, target_network = inject(q, target_network, fresh_network(args, step))
+    q_optimizer, optimizer = adam(args, trained(q)), adam(args, v, actor)
+    rest = {"v": v, "actor": actor, "optimizer": optimizer, "replay": replay}
+    run.load(q=q, target_network=target_network, q_optimizer=q_optimizer, **rest)
+
+    for start, steps in run.intervals():
+        env, obs, rng = fresh_start(args, start)
+        episode_return, returns = 0.0, []
+        for step in steps:
+            if injection_due(args, step, injected_at, smoothed):  # paper 3.1
+                q, target_network = inject(q, target_network, fresh_network(args, step))
+                q_optimizer = adam(args, trained(q))
+                injected_at, smoothed = [*injected_at, step], None
+
+            if step > args.offline_steps:
+                action = sample_actions(actor, obs[None], rng)[0]
+                next_obs, reward, terminated, truncated, _ = env.step(action)
+                replay.add(obs, action, reward, next_obs, terminated, truncated)
+                episode_return += reward
+                obs = next_obs
+                if terminated or truncated:
+                    returns.append(episode_return)
+                    episode_return = 0.0
+                    obs, _ = env.reset()
+
+            batch = replay.sample(args.batch_size, rng, args.device)
+            v_loss, q_loss, actor_loss, q_values = iql_losses(q, target_network, v, actor, batch, args)
+            loss = v_loss + q_loss + actor_loss
+            if l2_lambda := l2_coefficient(args, step):  # paper 3.2
+                loss = loss + l2_lambda * squared_norm(trained(q))
+            q_optimizer.zero_grad()
+            optimizer.zero_grad()
+            loss.backward()
+            q_optimizer.step()
+            optimizer.step()
+            polyak_update(target_network, q, args.polyak)
+
+            if run.row_due(step):
+                row = {"step": step, "phase": "online" if step > args.offline_steps else "offline"}
+                row |= {"l2_lambda": l2_coefficient(args, step), "injections": len(injected_at)}
+                row |= {"v_loss": v_loss, "q_loss": q_loss, "actor_loss": actor_loss, "q_mean": q_values.mean()}
+                row |= {"train_return": np.mean(returns) if returns else None}
+                row |= metrics.measure(trained(q), batch.obs)
+                if args.injection_trigger:
+                    smoothed = smooth(smoothed, row[args.injection_trigger])
+                run.log(row)
+                returns = []
+
+        run.log({"step": step, "eval_return": evaluate(actor, args, step, args.eval_episodes)[0]})
+        if step == args.total_steps:  # before the run counts as finished
+            save_picture(run.folder / "picture.npz", args, data, v, actor)
+        run.save(step, q=q, target_network=target_network, q_optimizer=q_optimizer,
+                 injected_at=injected_at, smoothed=smoothed, **rest)  # fmt: skip
+    return run.folder
+
+
+def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
+    parameters = [parameter for network in networks for parameter in network.parameters()]
+    return torch.optim.Adam(parameters, args.learning_rate, fused=True)
+
+
+@torch.no_grad()
+def polyak_update(target_network: nn.Module, q: nn.Module, share: float) -> None:
+    for slow, fast in zip(target_network.parameters(), q.parameters()):
+        slow.lerp_(fast, share)
+
+
+# ---- when to inject
 def smooth(average: float | None, value: float) -> float:
     """Exponential moving average with weight 0.8, as in the paper's figures."""
     return value if average is None else 0.8 * average + 0.2 * value
@@ -335,32 +295,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
     return smoothed >= args.injection_threshold if rises else smoothed <= args.injection_threshold
 
 
-# ---- regularisation
-def l2_coefficient(args: Args, step: int) -> float:
-    """lambda(k) of paper 3.2 at step k."""
-    if args.l2 == "constant":
-        return args.l2_lambda
-    if args.l2 == "incremental":
-        return args.l2_start + (args.l2_end - args.l2_start) * step / args.total_steps
-    if args.l2 == "periodic":
-        return args.l2_lambda if step % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
-    return 0.0
-
-
-def squared_norm(network: nn.Module) -> torch.Tensor:
-    """||phi||^2 over all parameters of the network that trains."""
-    return torch.cat([parameter.flatten() for parameter in network.parameters()]).square().sum()
-
-
 # ---- replay and data
-FIELDS = {"obs": ("float32", (2,)), "action": ("int64", ()), "reward": ("float32", ()), "next_obs": ("float32", (2,))}
-FIELDS |= {"terminated": ("bool", ()), "truncated": ("bool", ())}
-
-
-# The tensors of a batch. Their shape is (batch, width), also for plain numbers (batch, 1), as the networks have it.
-Batch = collections.namedtuple("Batch", FIELDS)
-
-
 class Replay:
     """All transitions, the offline data first; nothing is ever dropped."""
 
@@ -457,7 +392,7 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
 def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
     file = io.BytesIO()
     np.savez_compressed(file, **arrays)
-    replace_file(path, file.getvalue())
+    metrics.replace_file(path, file.getvalue())
 
 
 def offline_data(args: Args) -> dict[str, np.ndarray]:
@@ -480,6 +415,100 @@ def coverage(args: Args, data: dict[str, np.ndarray]) -> np.ndarray:
     size = Pointmass(args.env).size
     cells = np.minimum((data["next_obs"] * size).astype(int), size - 1)
     return np.bincount(cells[:, 0] * size + cells[:, 1], minlength=size * size).reshape(size, size)
+
+
+# ---- environment
+EASY = "00000 11110 11110 11110 11110"
+MEDIUM = "001000 101010 001011 011001 001101 100001"
+HARD = """00000100000 00000100000 00000000000 00000100000 00000100000 10111100000
+          00000111011 00000100000 00000100000 00000000000 00000100000"""
+TASKS = {  # rows of the map (1: wall), its enlargement, start, goal, the goal's radius, time limit
+    "PointmassEasy": (EASY, 2, (1.0, 1.0), (9.0, 9.0), 2.0, 50),
+    "PointmassMedium": (MEDIUM, 1, (0.5, 0.5), (1.5, 5.5), 1.0, 150),
+    "PointmassHard": (HARD, 2, (2.0, 2.0), (20.0, 20.0), 2.0, 100),
+}
+MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # of an action along axis 0 (the map's rows) and axis 1
+
+
+class Pointmass(gym.Env):
+    """A point in a maze, moved by noisy unit steps; the reward is -1 for a step, 0 for one that comes near the goal.
+
+    Observation: the position over the size of the map. Walls stop a move where it meets them.
+    """
+
+    metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, task: str = "PointmassHard", render_mode: str | None = None):
+        rows, scale, self.start, self.goal, self.radius, self.time_limit = TASKS[task]
+        small = np.array([[cell == "1" for cell in row] for row in rows.split()])
+        self.walls = small.repeat(scale, 0).repeat(scale, 1)
+        self.size = len(self.walls)
+        # Plain lists and floats are ten times faster than NumPy on two numbers. The far edge belongs to the last cell.
+        self.blocked = np.pad(self.walls, (0, 1), "edge").tolist()
+        self.noise = []
+        self.observation_space = gym.spaces.Box(0.0, 1.0, (2,), np.float32)
+        self.action_space = gym.spaces.Discrete(len(MOVES))
+        self.render_mode = render_mode
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        if seed is not None:
+            self.noise.clear()  # it was drawn from the former generator
+        self.x, self.y = self.start
+        self.elapsed = 0
+        return self.observation(), {}
+
+    def observation(self) -> np.ndarray:
+        return np.array((self.x / self.size, self.y / self.size), np.float32)
+
+    def step(self, action):
+        if not self.noise:  # many at once: a single draw would cost as much as the whole step
+            self.noise = self.np_random.normal(0.0, 0.5, (500, 2)).tolist()
+        move, noise = MOVES[action], self.noise.pop()
+        dx, dy = (move[0] + noise[0]) / 10, (move[1] + noise[1]) / 10
+        x, y, size, blocked = self.x, self.y, self.size, self.blocked
+        for _ in range(10):  # small steps do not jump over walls; the axes take turns, so the point slides along them
+            if 0 <= x + dx <= size and not blocked[int(x + dx)][int(y)]:
+                x += dx
+            if 0 <= y + dy <= size and not blocked[int(x)][int(y + dy)]:
+                y += dy
+        self.x, self.y, self.elapsed = x, y, self.elapsed + 1
+        terminated = math.dist((x, y), self.goal) < self.radius
+        truncated = not terminated and self.elapsed >= self.time_limit
+        return self.observation(), 0.0 if terminated else -1.0, terminated, truncated, {}
+
+    def render(self) -> np.ndarray:
+        """The map from above, axis 0 downwards: the goal green, the point red."""
+        axis = (np.arange(16 * self.size) + 0.5) / 16  # 16 pixels per cell
+        rows, columns = np.meshgrid(axis, axis, indexing="ij")
+        image = (
+            np.where(self.walls[rows.astype(int), columns.astype(int)], 60, 255)[..., None]
+            .repeat(3, 2)
+            .astype(np.uint8)
+        )
+        image[np.hypot(rows - self.goal[0], columns - self.goal[1]) < self.radius] = (90, 190, 90)
+        image[np.hypot(rows - self.x, columns - self.y) < 0.4] = (220, 50, 50)
+        return image
+
+
+for name in TASKS:
+    gym.register(f"{name}-v0", Pointmass, kwargs={"task": name})
+
+
+def seeds(args: Args, *stream: int) -> list[int]:
+    """Two numbers decided by (seed, stream): for a network, for an environment."""
+    return [int(number) for number in np.random.SeedSequence((args.seed, *stream)).generate_state(2)]
+
+
+def fresh_start(args: Args, *stream: int) -> tuple[Pointmass, np.ndarray, np.random.Generator]:
+    """A new environment, its first observation, and a random stream, all decided by (seed, stream).
+
+    Training starts afresh like this after every checkpoint, with the step as its stream: a checkpoint then needs no
+    state of an environment or a random generator, and a run that was killed goes on exactly like one that was not (as
+    in dqn_zoo).
+    """
+    env = Pointmass(args.env)
+    return env, env.reset(seed=seeds(args, *stream)[1])[0], np.random.default_rng((args.seed, *stream))
 
 
 # ---- acting and evaluation
@@ -523,241 +552,47 @@ def save_picture(path: Path, args: Args, data: dict[str, np.ndarray], v: nn.Modu
     save_arrays(path, arrays)
 
 
-# ---- checkpoint
-def variant(args: Args) -> str:
-    """The remedies in use, as in the run's folder and in the figures: "layer-norm+injection-2"."""
+# ---- the run's name, and checks of the settings
+def run_folder(args: Args) -> Path:
+    """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
     parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
     parts += ["layer-norm"] * args.layer_norm + ["leaky-relu"] * args.leaky_relu
     if args.injections:
         parts.append(f"injection-{args.injections}" + (f"-{args.injection_trigger}" if args.injection_trigger else ""))
-    return "+".join(parts) or "standard"
+    return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
 
 
-def run_folder(args: Args) -> Path:
-    return Path("runs") / f"{args.env.replace('/', '-')}__{variant(args)}__seed{args.seed}"
+AT_LEAST_1 = ("eval_every", "eval_episodes", "batch_size", "collect_steps", "l2_on_steps")
+BOUNDS = dict.fromkeys(AT_LEAST_1, (1, np.inf)) | {"learning_rate": (1e-12, np.inf)}
+BOUNDS |= dict.fromkeys(("gamma", "expectile", "polyak"), (0, 1))
 
 
-def open_run(args: Args) -> tuple[Path, filelock.FileLock, dict | None]:
-    """The run's folder, a lock on it, and its checkpoint if there is one. Raises UserError."""
-    folder = run_folder(args)
-    config, path = json.loads(json.dumps(asdict(args))), folder / "config.json"
-    if path.exists():
-        there = json.loads(path.read_text())
-        names = [name for name in config | there if config.get(name) != there.get(name)]
-        if names:
-            differences = ", ".join(f"{name} {there.get(name)} (now {config.get(name)})" for name in names)
-            raise UserError(f"{folder} holds a run with other settings: {differences}; move it away or start elsewhere")
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # a run stopped in a notebook may go on in it
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout:
-        raise UserError(f"{folder} is in use by another process") from None
-    replace_file(path, (json.dumps(config, indent=2) + "\n").encode())
-    path = folder / "checkpoint.pt"
-    if not path.exists():
-        return folder, lock, None
-    try:
-        with zipfile.ZipFile(path) as archive:
-            if archive.testzip():  # checks what torch.load does not
-                raise zipfile.BadZipFile
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file makes torch raise all sorts
-        raise UserError(f"{path} cannot be read ({type(error).__name__}); delete it to start this run over") from error
-    if checkpoint["format"] != CHECKPOINT_FORMAT:
-        raise UserError(f"{path} is of another version of this program; delete it to start this run over")
-    return folder, lock, checkpoint
+def check(args: Args) -> None:
+    """Raise UserError, saying what is wrong and what would be right, before anything is written."""
+    metrics.check_bounds(asdict(args), BOUNDS)
+    check_injections(args)
+    refuse(args.total_steps == 0, "--offline-steps and --online-steps must not both be 0")
+    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
+    if args.dataset or dataset_path(args).exists():
+        read_dataset(dataset_path(args))
 
 
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or absent, whenever the process is killed or the disk is full."""
-    temporary = path.with_suffix(".tmp")  # one left over is overwritten
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-
-
-def save_checkpoint(folder: Path, state: dict, **parts) -> None:
-    """Save plain values and the state_dict of everything that has one."""
-    whole = state | {name: part.state_dict() for name, part in parts.items()}
-    file = io.BytesIO()  # on a full disk torch.save raises RuntimeErrors of its own, a plain write says what is wrong
-    torch.save(whole, file)
-    replace_file(folder / "checkpoint.pt", file.getvalue())
-
-
-def load_checkpoint(checkpoint: dict | None, **parts) -> None:
-    """Give everything that has a state_dict its state back, if there is a checkpoint."""
-    for name, part in parts.items() if checkpoint else ():
-        part.load_state_dict(checkpoint[name])
-
-
-# ---- training
-def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
-    """mean |expectile - 1(u < 0)| u^2 (IQL eq. 5)."""
-    weight = torch.where(difference < 0, 1 - expectile, expectile)
-    return (weight * difference.square()).mean()
-
-
-@torch.no_grad()
-def polyak_update(target_network: nn.Module, q: nn.Module, share: float) -> None:
-    for slow, fast in zip(target_network.parameters(), q.parameters()):
-        slow.lerp_(fast, share)
-
-
-def iql_losses(q, target_network, v, actor, batch: Batch, args: Args) -> tuple[torch.Tensor, ...]:
-    """The losses of V, Q and actor, each with a gradient for its own network only, and the values Q(s, a)."""
-    with torch.no_grad():
-        target_value = target_network(batch.obs).gather(1, batch.action)
-        td_target = batch.reward + args.gamma * ~batch.terminated * v(batch.next_obs)
-    advantage = target_value - v(batch.obs)
-    v_loss = expectile_loss(advantage, args.expectile)
-    value = q(batch.obs).gather(1, batch.action)
-    q_loss = nn.functional.mse_loss(value, td_target)
-    weight = (args.beta * advantage.detach()).exp().clamp(max=100)
-    actor_loss = -(weight * actor(batch.obs).log_softmax(1).gather(1, batch.action)).mean()
-    return v_loss, q_loss, actor_loss, value
-
-
-def measurements(q: nn.Sequential, batch: Batch, losses: tuple[torch.Tensor, ...]) -> dict[str, float]:
-    """The columns of the log that describe the latest update and the part of Q that trains."""
-    row = {name: value.mean().item() for name, value in zip(("v_loss", "q_loss", "actor_loss", "q_mean"), losses)}
-    row["grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in q.parameters()]).item()
-    if not all(map(math.isfinite, row.values())):
-        raise FloatingPointError(f"training has diverged: {row}.")
-    try:
-        return row | metrics.measure(q, batch.obs)
-    except ValueError as error:
-        raise FloatingPointError(f"training has diverged: {error}.") from error
-
-
-def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
-    parameters = [parameter for network in networks for parameter in network.parameters()]
-    return torch.optim.Adam(parameters, args.learning_rate, fused=True)
-
-
-def networks(args: Args, injected_at: list[int]) -> tuple:
-    """Q, its target network, V, actor, and the optimisers of Q and of V with actor, after injections at these steps."""
-    q = fresh_network(args, 0)
-    v, actor = mlp(2, 64, 64, 1).to(args.device), mlp(2, 128, 128, len(MOVES)).to(args.device)
-    target_network = copy.deepcopy(q).requires_grad_(False)
-    for step in injected_at:
-        q, target_network = inject(q, target_network, fresh_network(args, step))
-    return q, target_network, v, actor, adam(args, trained(q)), adam(args, v, actor)
-
-
-def train(args: Args) -> Path:
-    """Train one agent and return its run's folder. Raises UserError, and FloatingPointError when training diverges."""
-    check(args)
-    folder, lock, checkpoint = open_run(args)
-    if checkpoint and checkpoint["step"] == args.total_steps and (folder / "picture.npz").exists():
-        print(f"{folder} is finished; nothing is left to do.")
-        lock.release(force=True)
-        return folder
-    torch.set_num_threads(1)  # one thread beats two on small networks
-    data = offline_data(args)
-    replay = Replay(data, args.online_steps)
-    state = checkpoint or {"format": CHECKPOINT_FORMAT, "step": 0, "injected_at": [], "smoothed": None, "log_bytes": 0}
-    env, obs, rng = fresh_start(args, state["step"])
-    q, target_network, v, actor, q_optimizer, optimizer = networks(args, state["injected_at"])
-    rest = {"v": v, "actor": actor, "optimizer": optimizer, "replay": replay}
-    load_checkpoint(checkpoint, q=q, target_network=target_network, q_optimizer=q_optimizer, **rest)
-    log = metrics.CSVLog(folder / "log.csv", COLUMNS, state["log_bytes"])
-    episode_return, returns, shown, logged_at = 0.0, [], {}, (state["step"], time.perf_counter())
-
-    steps = range(state["step"] + 1, args.total_steps + 1)
-    progress = tqdm(steps, initial=state["step"], total=args.total_steps, unit="step", disable=None)
-    for step in progress:
-        online = step > args.offline_steps
-        if injection_due(args, step, state["injected_at"], state["smoothed"]):  # paper 3.1
-            q, target_network = inject(q, target_network, fresh_network(args, step))
-            q_optimizer = adam(args, trained(q))
-            state["injected_at"], state["smoothed"] = [*state["injected_at"], step], None
-
-        if online:
-            action = sample_actions(actor, obs[None], rng)[0]
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            replay.add(obs, action, reward, next_obs, terminated, truncated)
-            episode_return += reward
-            obs = next_obs
-            if terminated or truncated:
-                returns.append(episode_return)
-                episode_return = 0.0
-                obs, _ = env.reset()
-
-        batch = replay.sample(args.batch_size, rng, args.device)
-        v_loss, q_loss, actor_loss, values = iql_losses(q, target_network, v, actor, batch, args)
-        loss, l2_lambda = v_loss + q_loss + actor_loss, l2_coefficient(args, step)
-        q_optimizer.zero_grad()
-        optimizer.zero_grad()
-        (loss + l2_lambda * squared_norm(trained(q)) if l2_lambda else loss).backward()  # paper 3.2
-        q_optimizer.step()
-        optimizer.step()
-        polyak_update(target_network, q, args.polyak)
-
-        checkpoint_due = step % args.eval_every == 0 or step == args.total_steps
-        if step % LOG_EVERY == 0 or checkpoint_due:
-            row = {"step": step, "phase": "online" if online else "offline", "l2_lambda": l2_lambda}
-            row |= {"injections": len(state["injected_at"])}
-            row |= measurements(trained(q), batch, (v_loss, q_loss, actor_loss, values))
-            row["train_return"] = np.mean(returns) if returns else None
-            if args.injection_trigger:
-                state["smoothed"] = smooth(state["smoothed"], row[args.injection_trigger])
-            row["eval_return"] = evaluate(actor, args, step, args.eval_episodes)[0] if checkpoint_due else None
-            log.write(row | {"steps_per_second": (step - logged_at[0]) / (time.perf_counter() - logged_at[1])})
-            shown |= {name: row[name] for name in ("train_return", "eval_return") if row[name] is not None}
-            progress.set_postfix(shown)
-            returns, logged_at = [], (step, time.perf_counter())
-        if checkpoint_due:
-            state |= {"step": step, "log_bytes": log.sync()}
-            save_checkpoint(folder, state, q=q, target_network=target_network, q_optimizer=q_optimizer, **rest)
-            env, obs, rng = fresh_start(args, step)
-            episode_return = 0.0
-    save_picture(folder / "picture.npz", args, data, v, actor)
-    log.close()
-    lock.release(force=True)
-    return folder
-
-
-def cli(run: Run, learning: Learning, injection: Injection, l2: L2, architecture: Architecture) -> Args:
-    """Implicit Q-learning, offline then online, with measures of lost plasticity and remedies. It writes to runs/."""
-    return Args(**vars(run), **vars(learning), **vars(injection), **vars(l2), **vars(architecture))
+def check_injections(args: Args) -> None:
+    """The injection settings agree with each other and with the length of the run."""
+    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
+    alone = (trigger is None) != (args.injection_threshold is None)
+    refuse(alone, "--injection-trigger and --injection-threshold need each other")
+    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
+    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
+    differ = not trigger and len(steps) != args.injections
+    refuse(differ, f"--injections {args.injections} but --injection-steps {shown}")
+    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
+    outside = steps and not 1 <= steps[0] <= steps[-1] <= args.total_steps
+    refuse(outside, f"--injection-steps {shown} must lie in 1..{args.total_steps}")
 
 
 def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    go_on = "the same command goes on from the last checkpoint, or starts over if there is none yet."
-    try:
-        args = parse(cli)
-        folder = train(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except FloatingPointError as error:
-        print(f"error: {error} What was saved before is kept.", file=sys.stderr)
-        return 1
-    except OSError as error:
-        print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print(f"Stopped: {go_on}", file=sys.stderr)
-        return 130
-    print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
-    return 0
-
-
-def parse(command: Callable) -> Args:
-    """tyro's command line, its box around an error message made one line."""
-    box = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(box):
-            return tyro.cli(command, config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff))
-    except SystemExit as stop:
-        if stop.code == 0:  # --help
-            raise
-        message = itertools.takewhile(lambda line: "──" not in line, box.getvalue().splitlines()[1:])
-        raise UserError(" ".join(" ".join(message).replace("│", "").split()) + " (see --help)") from None
+    return metrics.command(train, Args())
 
 
 if __name__ == "__main__":

@@ -1,37 +1,53 @@
-"""Plasticity metrics and the CSV log: the only code that both agents share.
+"""What is measured, and the record of a run: the only code that both agents share. It knows no agent.
 
-A *unit* is an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d
-and Linear, without biases and normalisation parameters. Nothing here draws a random number or changes a network, so
-measuring never disturbs training.
+Part 1, what is measured: pure functions of networks, weights and activations. A *unit* is an output channel of a Conv2d
+or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and Linear, without biases and normalisation
+parameters. Nothing here draws a random number or changes a network, so measuring never disturbs training.
 
-    Dohare et al. 2024    Loss of plasticity in deep continual learning (Nature 632)
-    Roy & Vetterli 2007   The effective rank: a measure of effective dimensionality (EUSIPCO)
-    Sokar et al. 2023     The dormant neuron phenomenon in deep reinforcement learning (ICML)
+Part 2, the record of a run: its folder, CSV log and checkpoint (class `Run`), and what a command does with mistakes.
+The README lists the papers that are cited here.
 """
 
 import csv
+import io
+import itertools
+import json
 import math
 import os
-from collections.abc import Iterable
+import signal
+import sys
+import time
+import zipfile
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
+import filelock
 import torch
+import tyro
 from torch import nn
+from tqdm import tqdm
 
+# ---- what is measured
 METRICS = ("erank", "feature_erank", "weight_magnitude", "updated_units", "dormant_units")  # their columns in the log
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh)
+
+
+def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
+    """The tensor itself. Raises FloatingPointError if it holds NaN or infinity."""
+    if not torch.isfinite(tensor).all():
+        raise FloatingPointError(f"{what} is NaN or infinite")
+    return tensor
 
 
 def effective_rank(matrix: torch.Tensor) -> float:
     """exp(-sum p log p) with p = s / sum(s) for the singular values s (Roy & Vetterli 2007; paper section 2).
 
     `matrix` has shape (out, ...); a convolution's weight is read as (out, in * kernel height * kernel width). Returns a
-    number between 1 and the rank of the matrix, and 0 for the zero matrix. Raises ValueError for NaN or infinity.
+    number between 1 and the rank of the matrix, and 0 for the zero matrix.
+    Raises FloatingPointError for NaN or infinity.
     """
-    matrix = torch.as_tensor(matrix).detach().flatten(1).cpu().double()
-    scale = matrix.abs().amax().item() if matrix.numel() else 0.0
-    if not math.isfinite(scale):
-        raise ValueError("effective_rank: the matrix holds NaN or infinity")
+    matrix = finite(torch.as_tensor(matrix), "an entry of a matrix").detach().flatten(1).cpu().double()
+    scale = matrix.abs().amax() if matrix.numel() else 0
     if scale == 0:
         return 0.0
     # The singular values are the roots of the eigenvalues of the smaller Gram matrix, far cheaper than the SVD of a
@@ -49,66 +65,51 @@ def weighted_layers(network: nn.Module) -> list[nn.Module]:
 
 
 def weight_magnitude(network: nn.Module) -> float:
-    """sum |w| / number of weights (paper section 2). Raises ValueError for NaN or infinity."""
-    weights = [layer.weight.detach() for layer in weighted_layers(network)]
-    magnitude = sum(w.abs().sum().item() for w in weights) / sum(w.numel() for w in weights)
-    if not math.isfinite(magnitude):
-        raise ValueError("weight_magnitude: a weight is NaN or infinite")
-    return magnitude
+    """sum |w| / number of weights (paper section 2). Raises FloatingPointError for NaN or infinity."""
+    weights = [finite(layer.weight.detach(), "a weight") for layer in weighted_layers(network)]
+    return sum(w.abs().sum().item() for w in weights) / sum(w.numel() for w in weights)
 
 
 def updated_units(network: nn.Module) -> float:
     """Percentage of hidden units with a non-zero gradient in their incoming weights or bias (paper section 2).
 
     To be called after a backward pass, which leaves the gradients of the latest training batch, L2 term included.
-    Raises ValueError without gradients, or where one is NaN or infinite.
+    Raises ValueError without gradients, FloatingPointError where one is NaN or infinite.
     """
-    updated, units = 0, 0
+    largest = []  # gradient of each unit
     for layer in weighted_layers(network)[:-1]:
-        parameters = [p for p in (layer.weight, layer.bias) if p is not None and p.grad is not None]
-        gradients = [p.grad.reshape(len(p), -1) for p in parameters]  # (units, incoming weights), (units, 1)
+        gradients = [p.grad.reshape(len(p), -1) for p in layer.parameters() if p.grad is not None]
         if not gradients:
             raise ValueError("updated_units: a hidden layer has no gradient; run a backward pass first")
-        largest = torch.cat(gradients, 1).abs().amax(1)
-        if not torch.isfinite(largest).all():
-            raise ValueError("updated_units: a gradient is NaN or infinite")
-        updated += int((largest > 0).sum())
-        units += len(largest)
-    return 100.0 * updated / units
+        largest.append(torch.cat(gradients, 1).abs().amax(1))  # (units, incoming weights and bias) to (units,)
+    return 100 * (finite(torch.cat(largest), "a gradient") > 0).double().mean().item()
 
 
 def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold: float = 0.025) -> float:
     """Percentage of hidden units whose mean |activation| is at most `threshold` of the layer's (Sokar et al. 2023).
 
     `activations`: a tensor per hidden layer, or one tensor, of shape (batch, units) or (batch, channels, height,
-    width). Raises ValueError for NaN or infinity.
+    width). Raises FloatingPointError for NaN or infinity.
     """
-    layers = [activations] if isinstance(activations, torch.Tensor) else list(activations)
-    dormant, units = 0, 0
-    for layer in layers:
-        per_unit = layer.detach().float().abs().transpose(0, 1).flatten(1).mean(1)
-        if not torch.isfinite(per_unit).all():
-            raise ValueError("dormant_units: an activation is NaN or infinite")
-        dormant += int((per_unit <= threshold * per_unit.mean()).sum())
-        units += len(per_unit)
-    return 100.0 * dormant / units
+    dormant = []
+    for layer in [activations] if isinstance(activations, torch.Tensor) else activations:
+        per_unit = finite(layer.detach().float().abs().transpose(0, 1).flatten(1).mean(1), "an activation")
+        dormant.append(per_unit <= threshold * per_unit.mean())
+    return 100 * torch.cat(dormant).double().mean().item()
 
 
 @torch.no_grad()
 def hidden_activations(network: nn.Sequential, inputs: torch.Tensor) -> list[torch.Tensor]:
     """The output of every activation function of a sequential network, from input to output."""
-    outputs = []
-    for layer in network:
-        inputs = layer(inputs)
-        if isinstance(layer, ACTIVATIONS):
-            outputs.append(inputs)
-    return outputs
+    outputs = list(itertools.accumulate(network, lambda x, layer: layer(x), initial=inputs))[1:]
+    return [output for layer, output in zip(network, outputs) if isinstance(layer, ACTIVATIONS)]
 
 
 def measure(network: nn.Sequential, inputs: torch.Tensor | None) -> dict[str, float]:
     """All metrics of the network that trains; only those of its weights while there is no training batch `inputs` yet.
 
     `inputs`: the observations of the latest training batch, whose gradients the network still holds.
+    Raises FloatingPointError for NaN or infinity.
     """
     eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
     metrics = {"erank": sum(eranks) / len(eranks), "weight_magnitude": weight_magnitude(network)}
@@ -117,11 +118,16 @@ def measure(network: nn.Sequential, inputs: torch.Tensor | None) -> dict[str, fl
         metrics["feature_erank"] = effective_rank(activations[-1])  # (batch, width), what enters the last Linear
         metrics["updated_units"] = updated_units(network)
         metrics["dormant_units"] = dormant_units(activations)
+        metrics["grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()]).item()
     return metrics
 
 
+# ---- the record of a run
+LOG_EVERY = 1_000  # steps between rows of the log (paper section 2)
+
+
 class CSVLog:
-    """A CSV file with fixed columns, every row flushed as it is written; a column that a row lacks stays empty.
+    """A CSV file with fixed columns, flushed at every row; a column that a row lacks stays empty.
 
     `offset` continues a file from that byte on: what a killed run wrote behind its last checkpoint is cut off.
     """
@@ -132,12 +138,21 @@ class CSVLog:
             raise OSError(f"{path} has lost rows since the last checkpoint, which needs all of them")
         self.file.truncate(offset)
         self.file.seek(offset)
+        self.row, self.row_start = {}, offset  # the last row, and the byte where it begins
         self.writer = csv.DictWriter(self.file, list(columns), lineterminator="\n")
         if not offset:
             self.writer.writeheader()
 
     def write(self, row: dict) -> None:
-        """Append one row. Raises ValueError for an unknown column, OSError when the disk is full."""
+        """Append a row, or complete the last one if it is of the same step.
+
+        Raises ValueError for an unknown column, OSError when the disk is full.
+        """
+        if row["step"] == self.row.get("step"):
+            row = self.row | row
+            self.file.seek(self.row_start)
+            self.file.truncate()
+        self.row, self.row_start = row, self.file.tell()
         self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
     def sync(self) -> int:
@@ -145,5 +160,143 @@ class CSVLog:
         os.fsync(self.file.fileno())
         return self.file.tell()
 
-    def close(self) -> None:
-        self.file.close()
+
+class UserError(Exception):
+    """A user's mistake: `command` prints it as one line and returns 2."""
+
+
+def refuse(wrong: bool, message: str) -> None:
+    if wrong:
+        raise UserError(message)
+
+
+def check_bounds(settings: dict, bounds: dict[str, tuple[float, float]]) -> None:
+    """Raise UserError unless every number is finite and within its bounds, without bounds of its own 0 or more."""
+    for name, value in settings.items():
+        if isinstance(value, int | float):
+            low, high = bounds.get(name, (0, math.inf))
+            inside = low <= value <= high and value < math.inf
+            refuse(not inside, f"--{name.replace('_', '-')} {value} must lie in {low}..{high}")
+
+
+class Run:
+    """A run's folder with config.json, log.csv and checkpoint.pt, and how far the run has come.
+
+    Training is a sequence of intervals; after each the run is saved, and opening its folder again goes on from there.
+    `state` holds what the last checkpoint saved, by name; it is empty in a new run.
+    Raises UserError where the folder holds another run, is in use, or has a checkpoint that cannot be used.
+    """
+
+    def __init__(self, folder: Path, settings: dict, steps: int, eval_every: int, columns: Iterable[str]):
+        self.folder, self.steps, self.eval_every = folder, steps, eval_every
+        self._compare(settings)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # a notebook may open its run again
+        try:
+            self.lock.acquire(timeout=0)
+        except filelock.Timeout:
+            raise UserError(f"{folder} is in use by another process") from None
+        replace_file(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
+        self.state = self._read_checkpoint()
+        self.step = self.state.get("step", 0)
+        self.finished = self.step == steps
+        if self.finished:
+            print(f"{folder} is finished; nothing is left to do.")
+        self.csv = CSVLog(folder / "log.csv", [*columns, "steps_per_second"], self.state.get("log_bytes", 0))
+
+    def _compare(self, settings: dict) -> None:
+        path, settings = self.folder / "config.json", json.loads(json.dumps(settings))
+        there = json.loads(path.read_text()) if path.exists() else settings
+        names = [name for name in settings | there if settings.get(name) != there.get(name)]
+        shown = ", ".join(f"{name} {there.get(name)} (now {settings.get(name)})" for name in names)
+        refuse(names, f"{self.folder} holds a run with other settings: {shown}; move it away or start elsewhere")
+
+    def _read_checkpoint(self) -> dict:
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            return {}
+        try:
+            with zipfile.ZipFile(path) as archive:
+                if archive.testzip():  # checks what torch.load does not
+                    raise zipfile.BadZipFile
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # a damaged file makes torch raise all sorts
+            message = f"{path} cannot be read ({type(error).__name__}); delete it to start this run over"
+            raise UserError(message) from error
+
+    def intervals(self) -> Iterator[tuple[int, Iterator[int]]]:
+        """The intervals that are left, under a progress bar: the steps done before, and the steps of each."""
+        with tqdm(total=self.steps, initial=self.step, unit="step", disable=None) as self.bar:
+            self.previous = self.latest = (self.step, time.perf_counter())  # rows of the log: their steps and times
+            for start in range(self.step, self.steps, self.eval_every):
+                self.end = min(start + self.eval_every, self.steps)
+                yield start, self._steps(start)
+
+    def _steps(self, start: int) -> Iterator[int]:
+        for step in range(start + 1, self.end + 1):
+            yield step
+            self.bar.update()
+
+    def row_due(self, step: int) -> bool:
+        """Every 1,000 steps, and at the end of an interval, so that an evaluation has the metrics beside it."""
+        return step % LOG_EVERY == 0 or step == self.end
+
+    def log(self, row: dict) -> None:
+        """Write a row of numbers and scalar tensors, or add to that of the same step. Raises FloatingPointError."""
+        row = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
+        if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
+            raise FloatingPointError(f"NaN or infinity in {row}")
+        if row["step"] != self.latest[0]:
+            self.previous = self.latest
+        self.latest = row["step"], time.perf_counter()
+        steps, seconds = (after - before for after, before in zip(self.latest, self.previous))
+        self.csv.write(row | {"steps_per_second": steps / seconds})
+        self.bar.set_postfix({name: value for name, value in self.csv.row.items() if "return" in name and value})
+
+    def save(self, step: int, **parts) -> None:
+        """Save the parts by name: what has a state_dict by that, the rest as it is."""
+        state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
+        state |= {"step": step, "log_bytes": self.csv.sync()}
+        file = io.BytesIO()  # on a full disk torch.save raises errors of its own, a plain write says what is wrong
+        torch.save(state, file)
+        replace_file(self.folder / "checkpoint.pt", file.getvalue())
+
+    def load(self, **parts) -> None:
+        """Give the parts their saved state back; in a new run they keep what they have."""
+        for name, part in parts.items() if self.state else ():
+            part.load_state_dict(self.state[name])
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is whole or absent, whenever the process is killed or the disk is full."""
+    temporary = path.with_suffix(".tmp")  # one left over is overwritten
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def command(train: Callable, defaults: object) -> int:
+    """Train with the settings of the command line; what goes wrong becomes one line. Returns the exit code.
+
+    0: done; 1: a fault on the way, such as a full disk; 2: a user's mistake; 130: stopped by Ctrl-C or SIGTERM.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    go_on = "the same command goes on from the last checkpoint, or starts over if there is none yet."
+    try:
+        folder = train(tyro.cli(type(defaults), default=defaults, config=(tyro.conf.FlagCreatePairsOff,)))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"error: training has diverged: {error}. What was saved before is kept.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"Stopped: {go_on}", file=sys.stderr)
+        return 130
+    print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
+    return 0
