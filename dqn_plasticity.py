@@ -13,7 +13,6 @@ Plasticity injection (Nikishin et al. 2023; paper 3.1) freezes Q and lets a fres
 changing a single value at that moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 trains.
 
     python dqn_plasticity.py --env Digits
-    python dqn_plasticity.py --env LunarLander --injections 1
     python dqn_plasticity.py --env MsPacman --l2 periodic
     python plot.py runs/
 
@@ -36,7 +35,6 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.envs.registration import find_highest_version
 from torch import nn
 
 import metrics
@@ -46,7 +44,7 @@ gym.register_envs(ale_py)
 
 VERSION = 3  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
-COLUMNS += metrics.METRICS
+COLUMNS += (*metrics.METRICS, "plasticity_fresh")
 
 
 # ---- settings
@@ -65,6 +63,8 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
+    plasticity_every: int = by_task(4, 1, 1)  # intervals, of eval_every steps, between probes of plasticity
+    plasticity_updates: int = by_task(400, 75, 100)  # updates of a probe
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
 
     # Double DQN with Adam
@@ -135,8 +135,7 @@ class QNetwork(nn.Sequential):
             )
         else:
             inputs = envs.single_observation_space.shape[0]
-            layers = [*hidden(nn.Linear(inputs, 64), 64), *hidden(nn.Linear(64, 64), 64), nn.Linear(64, actions)]
-            super().__init__(*layers)
+            super().__init__(*hidden(nn.Linear(inputs, 64), 64), *hidden(nn.Linear(64, 64), 64), nn.Linear(64, actions))
 
 
 # ---- injection
@@ -227,6 +226,11 @@ def train(args: Args) -> Path:
 
     for start, steps in run.intervals():
         envs, obs, rng = fresh_start(args, start)
+        optimizer.zero_grad()
+        if args.env == "Digits":
+            # An interval is a task, with new labels. Old ones would poison the targets: a fault of memory, not of
+            # plasticity. Weights, target network and optimiser stay, for they are what loses its plasticity.
+            replay.empty()
         episode_return, returns, update = 0.0, [], {}
         for step in steps:
             if injection_due(args, step, injected_at, smoothed):  # paper 3.1
@@ -261,16 +265,12 @@ def train(args: Args) -> Path:
                 returns.append(episode_return)
                 episode_return = 0.0
                 obs, _ = envs.reset()
-                if args.env == "Digits":
-                    # New labels: what is stored would poison the targets with old ones, a fault of memory, not of
-                    # plasticity. Weights, target network and optimiser stay, for they are what loses its plasticity.
-                    replay.empty()
 
             if run.row_due(step):
                 row = {"step": step, "epsilon": exploration, "l2_lambda": l2_coefficient(args, step)}
                 row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
-                row |= metrics.measure(trained(q), batch.obs if update else None) | update
-                if update and args.injection_trigger:
+                row |= measurements(args, step, trained(q), replay) | update
+                if update and args.injection_trigger in row:
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 run.log(row)
                 returns = []
@@ -316,8 +316,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
     waited = not injected_at or step - injected_at[-1] >= 0.05 * args.total_steps
     if smoothed is None or not waited or len(injected_at) == args.injections:
         return False
-    rises = args.injection_trigger in ("weight_magnitude", "dormant_units")  # with the loss of plasticity
-    return smoothed >= args.injection_threshold if rises else smoothed <= args.injection_threshold
+    return metrics.DIRECTION_OF_LOSS[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
 
 
 # ---- replay
@@ -327,7 +326,8 @@ def replay_layout(obs_space: gym.spaces.Box, args: Args) -> tuple[np.dtype, int]
     frame = ("frame", obs_space.dtype, obs_space.shape[1:] if stacked else obs_space.shape)
     # end: no transition starts here; start: the slot in which the episode started
     rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("start", "i8")]
-    # The steps of one interval, and the ends of its episodes: at worst one a step, few on Atari
+    # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; episodes
+    # end at worst at every step, on Atari seldom
     return np.dtype([frame, *rest]), args.buffer_size + int(args.eval_every * (17 / 16 if stacked else 2)) + 4
 
 
@@ -336,8 +336,7 @@ class Replay:
 
     A slot holds the newest frame of an observation (a flat observation is one frame) and what followed. The observation
     that ends an episode has a slot too, which no transition starts from. Slots are written like any file, so that a
-    full disk is an OSError (through a memory map it would kill the process), and read through a memory map. Beyond
-    `buffer_size` the ring has room for one interval: a run that goes on from its last checkpoint finds all it had.
+    full disk is an OSError (through a memory map it would kill the process), and read through a memory map.
     """
 
     def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args):
@@ -381,20 +380,27 @@ class Replay:
     def empty(self) -> None:
         self.first, self.added = self.next, 0
 
-    def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
-        """Uniform over the newest `buffer_size` slots. Frames before an episode's start are black, as in a stack."""
+    def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
+        """Slots that transitions start from, uniform over the newest `buffer_size`."""
         oldest = max(self.first, self.next - self.buffer_size)
-        slots = rng.integers(oldest, self.next, size=batch_size)
+        slots = rng.integers(oldest, self.next, size=count)
         while (ends := self.ring["end"][slots % len(self.ring)]).any():
             slots[ends] = rng.integers(oldest, self.next, size=ends.sum())
-        now = self.ring[slots % len(self.ring)]
-        ages = np.arange(1 - self.stack, 2)  # of the frames of obs, and then the newest of next_obs
-        frames = self.ring["frame"][(slots[:, None] + ages) % len(self.ring)]
-        frames[slots[:, None] + ages < now["start"][:, None]] = 0  # before it: black, as the environment returns them
-        obs, next_obs = (x.reshape(-1, *self.obs_shape) for x in (frames[:, :-1], frames[:, 1:]))
-        arrays = now["action"].astype(np.int64), now["reward"].copy(), now["terminated"].astype(np.float32)
-        action, reward, terminated = (torch.as_tensor(array, device=device) for array in arrays)
-        return Batch(network_input(obs, device), action, reward, network_input(next_obs, device), terminated)
+        return slots
+
+    def observations(self, slots: np.ndarray) -> np.ndarray:
+        """As the environment returned them: what a stack holds from before its episode is black."""
+        stacks = slots[:, None] + np.arange(1 - self.stack, 1)
+        frames = self.ring["frame"][stacks % len(self.ring)]
+        frames[stacks < self.ring["start"][stacks[:, -1:] % len(self.ring)]] = 0
+        return frames.reshape(-1, *self.obs_shape)
+
+    def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
+        slots = self.draw(batch_size, rng)
+        obs, next_obs = (network_input(self.observations(slots + after), device) for after in (0, 1))
+        what = [self.ring[name][slots % len(self.ring)] for name in ("action", "reward", "terminated")]
+        action, reward, terminated = (torch.as_tensor(array, device=device) for array in what)
+        return Batch(obs, action.long(), reward, next_obs, terminated.float())
 
 
 def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
@@ -402,7 +408,7 @@ def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
     obs = torch.as_tensor(obs, device=device)
     if obs.dtype != torch.uint8:
         return obs
-    return obs.float().div_(255).contiguous(memory_format=torch.channels_last)
+    return obs.contiguous(memory_format=torch.channels_last).float().div_(255)
 
 
 # ---- environments
@@ -453,7 +459,9 @@ def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
     """
     if rom(env_id):
         return AtariVectorEnv(rom(env_id), num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
-    version = find_highest_version(None, env_id)  # "LunarLander" is the newest one, "LunarLander-v3"
+    version = gym.envs.registration.find_highest_version(
+        None, env_id
+    )  # "LunarLander" is the newest one, "LunarLander-v3"
     return gym.make_vec(env_id if version is None else f"{env_id}-v{version}", num_envs, vectorization_mode="sync")
 
 
@@ -463,15 +471,12 @@ def seeds(args: Args, step: int) -> list[int]:
 
 
 def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
-    """A new environment, its first observation, and the random stream of training, all decided by (seed, step).
-
-    As in dqn_zoo: a checkpoint then needs no state of an emulator or a random generator to go on exactly.
-    """
+    """A new environment, its first observation, and the random stream of training, all decided by (seed, step)."""
     envs = make_env(args.env)
     return envs, envs.reset(seed=seeds(args, step)[1])[0], np.random.default_rng((args.seed, step))
 
 
-# ---- acting and evaluation
+# ---- acting, evaluation and measurements
 def epsilon(args: Args, step: int, replay: Replay) -> float:
     """Linear from start_e to end_e, on Atari once learning starts. In Digits every task starts with random actions."""
     if args.env == "Digits" and replay.added < args.learning_starts:
@@ -508,6 +513,21 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
     return float(returns.mean())
 
 
+def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
+    """The metrics of the network that trains, on 512 observations of the replay; they have a random stream of their own.
+
+    Plasticity, the dear one, only at the end of every `plasticity_every` intervals.
+    """
+    rng = np.random.default_rng((args.seed, step, 2))
+    obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
+    row = metrics.measure(network, obs)
+    if step % (args.eval_every * args.plasticity_every) == 0:
+        optimizer = args.learning_rate, args.adam_eps, args.batch_size
+        scores = metrics.plasticity(network, obs, *optimizer, args.plasticity_updates, seed=int(rng.integers(2**31)))
+        row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
+    return row
+
+
 # ---- the run's name, and checks of the settings
 def run_folder(args: Args) -> Path:
     """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
@@ -518,7 +538,15 @@ def run_folder(args: Args) -> Path:
     return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
 
 
-AT_LEAST_1 = ("total_steps", "eval_every", "eval_episodes", "batch_size", "train_frequency", "l2_on_steps")
+AT_LEAST_1 = (
+    "total_steps",
+    "eval_every",
+    "plasticity_every",
+    "eval_episodes",
+    "batch_size",
+    "train_frequency",
+    "l2_on_steps",
+)
 BOUNDS = dict.fromkeys((*AT_LEAST_1, "target_network_frequency"), (1, np.inf)) | {"learning_rate": (1e-12, np.inf)}
 BOUNDS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction"), (0, 1)) | {"buffer_size": (2, np.inf)}
 
@@ -530,8 +558,8 @@ def check(args: Args) -> None:
     refuse(args.buffer_size < args.batch_size, "--buffer-size must be at least --batch-size")
     refuse(args.learning_starts >= args.total_steps, "--learning-starts must lie below --total-steps")
     refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
-    parts_of_tasks = args.env == "Digits" and (args.eval_every % 1_500 or args.learning_starts >= 1_500)
-    refuse(parts_of_tasks, "--eval-every must be whole tasks of 1500, --learning-starts below it")
+    no_task = args.env == "Digits" and (args.eval_every != 1_500 or args.learning_starts >= 1_500)
+    refuse(no_task, "--env Digits: --eval-every must be 1500, the length of a task, and --learning-starts below it")
     try:
         envs = make_env(args.env)
     except Exception as error:  # whatever a third-party environment raises
@@ -564,9 +592,9 @@ def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
     slot, slots = replay_layout(obs_space, args)
     needed, free = slot.itemsize * min(slots, 2 * args.total_steps), max(0, shutil.disk_usage(".").free - 100_000_000)
     fits = max(0, free // slot.itemsize - (slots - args.buffer_size))
-    sizes = f"the replay needs {needed / 1e6:,.1f} MB of disk, {free / 1e6:,.1f} MB are free for it"
-    new = not (run_folder(args) / "checkpoint.pt").exists()
-    refuse(new and needed > free, f"{sizes}: make room, or start with at most --buffer-size {fits}")
+    need = f"the replay needs {needed / 1e6:,.1f} MB of disk, {free / 1e6:,.1f} MB are free for it"
+    going_on = (run_folder(args) / "checkpoint.pt").exists()
+    refuse(needed > free and not going_on, f"{need}: make room, or start with at most --buffer-size {fits}")
 
 
 def main() -> int:

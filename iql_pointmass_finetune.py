@@ -45,7 +45,7 @@ from metrics import UserError, refuse
 
 VERSION = 2  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "phase", "train_return", "eval_return", "q_loss", "v_loss", "actor_loss", "q_mean", "grad_norm")
-COLUMNS += ("l2_lambda", "injections", *metrics.METRICS)
+COLUMNS += ("l2_lambda", "injections", *metrics.METRICS, "plasticity_fresh")
 
 
 # ---- settings
@@ -62,6 +62,8 @@ class Args:
     offline_steps: int = 100_000  # updates on the collected data alone
     online_steps: int = 100_000  # then environment steps, with an update after each
     eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
+    plasticity_every: int = 1  # intervals, of eval_every steps, between probes of plasticity
+    plasticity_updates: int = 100  # updates of a probe
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
 
     # Implicit Q-learning with Adam
@@ -250,8 +252,8 @@ def train(args: Args) -> Path:
                 row |= {"l2_lambda": l2_coefficient(args, step), "injections": len(injected_at)}
                 row |= {"v_loss": v_loss, "q_loss": q_loss, "actor_loss": actor_loss, "q_mean": q_values.mean()}
                 row |= {"train_return": np.mean(returns) if returns else None}
-                row |= metrics.measure(trained(q), batch.obs)
-                if args.injection_trigger:
+                row |= measurements(args, step, trained(q), replay)
+                if args.injection_trigger in row:
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 run.log(row)
                 returns = []
@@ -291,8 +293,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
     waited = not injected_at or step - injected_at[-1] >= 0.05 * args.total_steps
     if smoothed is None or not waited or len(injected_at) == args.injections:
         return False
-    rises = args.injection_trigger in ("weight_magnitude", "dormant_units")  # with the loss of plasticity
-    return smoothed >= args.injection_threshold if rises else smoothed <= args.injection_threshold
+    return metrics.DIRECTION_OF_LOSS[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
 
 
 # ---- replay and data
@@ -481,11 +482,8 @@ class Pointmass(gym.Env):
         """The map from above, axis 0 downwards: the goal green, the point red."""
         axis = (np.arange(16 * self.size) + 0.5) / 16  # 16 pixels per cell
         rows, columns = np.meshgrid(axis, axis, indexing="ij")
-        image = (
-            np.where(self.walls[rows.astype(int), columns.astype(int)], 60, 255)[..., None]
-            .repeat(3, 2)
-            .astype(np.uint8)
-        )
+        grey = np.where(self.walls[rows.astype(int), columns.astype(int)], 60, 255)
+        image = np.stack([grey] * 3, -1).astype(np.uint8)
         image[np.hypot(rows - self.goal[0], columns - self.goal[1]) < self.radius] = (90, 190, 90)
         image[np.hypot(rows - self.x, columns - self.y) < 0.4] = (220, 50, 50)
         return image
@@ -501,17 +499,12 @@ def seeds(args: Args, *stream: int) -> list[int]:
 
 
 def fresh_start(args: Args, *stream: int) -> tuple[Pointmass, np.ndarray, np.random.Generator]:
-    """A new environment, its first observation, and a random stream, all decided by (seed, stream).
-
-    Training starts afresh like this after every checkpoint, with the step as its stream: a checkpoint then needs no
-    state of an environment or a random generator, and a run that was killed goes on exactly like one that was not (as
-    in dqn_zoo).
-    """
+    """A new environment, its first observation, and a random stream, all decided by (seed, stream)."""
     env = Pointmass(args.env)
     return env, env.reset(seed=seeds(args, *stream)[1])[0], np.random.default_rng((args.seed, *stream))
 
 
-# ---- acting and evaluation
+# ---- acting, evaluation and measurements
 @torch.inference_mode()
 def sample_actions(actor: nn.Module, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """One action per observation from pi(a | s) = softmax(logits): the largest of logits plus Gumbel noise."""
@@ -552,6 +545,21 @@ def save_picture(path: Path, args: Args, data: dict[str, np.ndarray], v: nn.Modu
     save_arrays(path, arrays)
 
 
+def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
+    """The metrics of the network that trains, on 512 observations of the replay; they have a random stream of their own.
+
+    Plasticity, the dear one, only at the end of every `plasticity_every` intervals.
+    """
+    rng = np.random.default_rng((args.seed, step, 2))
+    obs = replay.sample(512, rng, args.device).obs
+    row = metrics.measure(network, obs)
+    if step % (args.eval_every * args.plasticity_every) == 0:
+        optimizer = args.learning_rate, 1e-8, args.batch_size
+        scores = metrics.plasticity(network, obs, *optimizer, args.plasticity_updates, seed=int(rng.integers(2**31)))
+        row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
+    return row
+
+
 # ---- the run's name, and checks of the settings
 def run_folder(args: Args) -> Path:
     """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
@@ -562,7 +570,7 @@ def run_folder(args: Args) -> Path:
     return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
 
 
-AT_LEAST_1 = ("eval_every", "eval_episodes", "batch_size", "collect_steps", "l2_on_steps")
+AT_LEAST_1 = ("eval_every", "plasticity_every", "eval_episodes", "batch_size", "collect_steps", "l2_on_steps")
 BOUNDS = dict.fromkeys(AT_LEAST_1, (1, np.inf)) | {"learning_rate": (1e-12, np.inf)}
 BOUNDS |= dict.fromkeys(("gamma", "expectile", "polyak"), (0, 1))
 

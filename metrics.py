@@ -8,6 +8,7 @@ Part 2, the record of a run: its folder, CSV log and checkpoint (class `Run`), a
 The README lists the papers that are cited here.
 """
 
+import copy
 import csv
 import io
 import itertools
@@ -28,7 +29,10 @@ from torch import nn
 from tqdm import tqdm
 
 # ---- what is measured
-METRICS = ("erank", "feature_erank", "weight_magnitude", "updated_units", "dormant_units")  # their columns in the log
+# The metrics' columns in the log, and where each goes when plasticity is lost: up (1) or down (-1)
+DIRECTION_OF_LOSS = {"erank": -1, "feature_erank": -1, "weight_magnitude": 1, "updated_units": -1, "dormant_units": 1}
+DIRECTION_OF_LOSS |= {"plasticity": -1}
+METRICS = tuple(DIRECTION_OF_LOSS)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh)
 
 
@@ -99,27 +103,65 @@ def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold:
 
 
 @torch.no_grad()
-def hidden_activations(network: nn.Sequential, inputs: torch.Tensor) -> list[torch.Tensor]:
-    """The output of every activation function of a sequential network, from input to output."""
-    outputs = list(itertools.accumulate(network, lambda x, layer: layer(x), initial=inputs))[1:]
-    return [output for layer, output in zip(network, outputs) if isinstance(layer, ACTIVATIONS)]
+def measure(network: nn.Sequential, obs: torch.Tensor) -> dict[str, float]:
+    """All metrics of the network that trains but `plasticity`, which costs more, and the norm of its gradient.
 
-
-def measure(network: nn.Sequential, inputs: torch.Tensor | None) -> dict[str, float]:
-    """All metrics of the network that trains; only those of its weights while there is no training batch `inputs` yet.
-
-    `inputs`: the observations of the latest training batch, whose gradients the network still holds.
+    `obs`: observations for the metrics of activations; some hundred, for they bound the effective rank of the features.
+    Those of gradients are of the latest training batch, and absent before the first.
     Raises FloatingPointError for NaN or infinity.
     """
     eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
+    outputs = list(itertools.accumulate(network, lambda x, layer: layer(x), initial=obs))[1:]
+    activations = [output for layer, output in zip(network, outputs) if isinstance(layer, ACTIVATIONS)]
     metrics = {"erank": sum(eranks) / len(eranks), "weight_magnitude": weight_magnitude(network)}
-    if inputs is not None:
-        activations = hidden_activations(network, inputs)
-        metrics["feature_erank"] = effective_rank(activations[-1])  # (batch, width), what enters the last Linear
-        metrics["updated_units"] = updated_units(network)
-        metrics["dormant_units"] = dormant_units(activations)
-        metrics["grad_norm"] = nn.utils.get_total_norm([parameter.grad for parameter in network.parameters()]).item()
+    metrics["feature_erank"] = effective_rank(activations[-1])  # (batch, width), what enters the last Linear
+    metrics["dormant_units"] = dormant_units(activations)
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
+    if gradients:
+        metrics |= {"updated_units": updated_units(network), "grad_norm": nn.utils.get_total_norm(gradients).item()}
     return metrics
+
+
+def plasticity(
+    network: nn.Module,
+    obs: torch.Tensor,
+    learning_rate: float,
+    adam_eps: float,
+    batch_size: int,
+    updates: int,
+    seed: int,
+) -> tuple[float, float]:
+    """How much of a change of its function the network learns, and a freshly initialised twin of it, in percent.
+
+    A copy of each is trained for `updates` batches, by Adam with a fresh state, towards what it says on `obs` now plus
+    what another fresh network says, standardised to mean 0 and variance 1 per output. The score is 100 (1 - mean
+    squared error) after that, at least 0: the direct probe of Lyle et al. 2022, 2023 and Moalla et al. 2024, for a
+    change of one size for all. The twin shows how hard it is on these `obs`. Network and random streams stay as they are.
+    """
+    scores = []
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        other, twin = fresh_copy(network), fresh_copy(network)
+        batches = torch.randint(len(obs), (updates, batch_size), device=obs.device)
+        with torch.no_grad():
+            change = other(obs)
+            change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
+        for learner in (copy.deepcopy(network), twin):
+            with torch.no_grad():
+                target = learner(obs) + change
+            optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
+            for batch in batches:
+                optimizer.zero_grad()
+                nn.functional.mse_loss(learner(obs[batch]), target[batch]).backward()
+                optimizer.step()
+            with torch.no_grad():
+                scores.append(max(0.0, 100 * (1 - nn.functional.mse_loss(learner(obs), target).item())))
+    return tuple(scores)
+
+
+def fresh_copy(network: nn.Module) -> nn.Module:
+    """A network of the same layers, initialised anew."""
+    return copy.deepcopy(network).apply(lambda layer: getattr(layer, "reset_parameters", lambda: None)())
 
 
 # ---- the record of a run
@@ -182,7 +224,8 @@ def check_bounds(settings: dict, bounds: dict[str, tuple[float, float]]) -> None
 class Run:
     """A run's folder with config.json, log.csv and checkpoint.pt, and how far the run has come.
 
-    Training is a sequence of intervals; after each the run is saved, and opening its folder again goes on from there.
+    Training is a sequence of intervals, each from a fresh environment and random stream to a checkpoint. Opening the
+    folder again goes on from there, exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo).
     `state` holds what the last checkpoint saved, by name; it is empty in a new run.
     Raises UserError where the folder holds another run, is in use, or has a checkpoint that cannot be used.
     """

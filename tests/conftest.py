@@ -1,6 +1,8 @@
 """The scripts under test lie one folder up; every test runs in an empty folder of its own, on one thread."""
 
+import csv
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -18,3 +20,24 @@ def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.set_num_threads(1)
     return tmp_path
+
+
+def call(script, *flags):
+    """The exit code of `python script.py flags`, in this process."""
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [script.__file__, *map(str, flags)])
+        try:
+            return script.main()
+        except SystemExit as stop:  # tyro's: its help, or its box around a mistake
+            return stop.code
+        finally:
+            signal.signal(signal.SIGTERM, handler)
+
+
+def rows(folder):
+    """The log's, without their speed."""
+    with open(folder / "log.csv") as file:
+        return [
+            {name: value for name, value in row.items() if name != "steps_per_second"} for row in csv.DictReader(file)
+        ]

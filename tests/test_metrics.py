@@ -1,11 +1,16 @@
-"""Closed forms of every metric, and the log."""
+"""Closed forms of every metric, and the record of a run: intervals, log, checkpoint, refusals, exit codes."""
 
-import csv
+import dataclasses
 import math
+import os
+import signal
+from types import SimpleNamespace
 
+import filelock
 import numpy as np
 import pytest
 import torch
+from conftest import call, rows
 from torch import nn
 
 import metrics
@@ -50,9 +55,8 @@ def test_effective_rank_reads_a_convolution_as_out_by_everything_else():
 @pytest.mark.parametrize("condition", [1e1, 1e4, 1e6, 1e7])
 def test_effective_rank_from_the_gram_matrix_is_precise_on_ill_conditioned_matrices(condition):
     singular_values = np.geomspace(1, 1 / condition, 60)
-    assert metrics.effective_rank(matrix_with(singular_values, 60, 200)) == pytest.approx(
-        entropy_rank(singular_values), rel=1e-6
-    )
+    rank = metrics.effective_rank(matrix_with(singular_values, 60, 200))
+    assert rank == pytest.approx(entropy_rank(singular_values), rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
@@ -63,20 +67,16 @@ def test_effective_rank_does_not_depend_on_the_scale(scale):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_an_error(bad):
-    matrix = torch.eye(3)
+    matrix, network = torch.eye(3), nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1))
     matrix[1, 2] = bad
-    with pytest.raises(ValueError, match="NaN|infin"):
-        metrics.effective_rank(matrix)
-    with pytest.raises(ValueError, match="NaN|infin"):
-        metrics.dormant_units(matrix)
-    network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1))
     network(torch.ones(1, 3)).sum().backward()
-    network[0].weight.grad[1, 2] = bad
-    with pytest.raises(ValueError, match="NaN|infin"):
-        metrics.updated_units(network)
-    network[0].weight.data[1, 2] = bad
-    with pytest.raises(ValueError, match="NaN|infin"):
-        metrics.weight_magnitude(network)
+    network[0].weight.grad[1, 2] = network[0].weight.data[1, 2] = bad
+    for measure in (metrics.effective_rank, metrics.dormant_units):
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
+            measure(matrix)
+    for measure in (metrics.updated_units, metrics.weight_magnitude):
+        with pytest.raises(FloatingPointError, match="NaN or infinite"):
+            measure(network)
 
 
 def test_weight_magnitude_counts_the_weights_of_all_layers_alike_and_nothing_else():
@@ -122,39 +122,185 @@ def test_dormant_units_closed_form():
 def test_measure_gives_every_metric_and_leaves_the_network_and_the_random_streams_alone():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
-    inputs = torch.randn(16, 2)
-    network(inputs).square().mean().backward()
-    before = [p.detach().clone() for p in network.parameters()] + [p.grad.clone() for p in network.parameters()]
-    streams = torch.get_rng_state(), np.random.get_state()[1].copy()
-    row = metrics.measure(network, inputs)
-    assert tuple(sorted(row)) == tuple(sorted(metrics.METRICS))
+    obs, probe = torch.randn(16, 2), (1e-3, 1e-8, 4, 5)
+    assert sorted(metrics.measure(network, obs)) == ["dormant_units", "erank", "feature_erank", "weight_magnitude"]
+    network(obs).square().mean().backward()
+
+    def state():
+        parameters = [*network.parameters(), *(p.grad for p in network.parameters()), torch.get_rng_state()]
+        return [tensor.detach().clone() for tensor in parameters] + [torch.from_numpy(np.random.get_state()[1].copy())]
+
+    before = state()
+    row, scores = metrics.measure(network, obs), metrics.plasticity(network, obs, *probe, seed=0)
+    assert all(map(torch.equal, before, state()))
+    assert set(row) | {"plasticity"} == {*metrics.METRICS, "grad_norm"}
+    assert (
+        scores == metrics.plasticity(network, obs, *probe, seed=0) != metrics.plasticity(network, obs, *probe, seed=1)
+    )
     with torch.no_grad():
-        features = network[:4](inputs)
-    assert row["feature_erank"] == pytest.approx(metrics.effective_rank(features))
+        assert row["feature_erank"] == pytest.approx(metrics.effective_rank(network[:4](obs)))
     eranks = [metrics.effective_rank(network[i].weight) for i in (0, 2, 4)]
     assert row["erank"] == pytest.approx(sum(eranks) / 3)
-    after = [p.detach() for p in network.parameters()] + [p.grad for p in network.parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-    assert torch.equal(streams[0], torch.get_rng_state()) and (streams[1] == np.random.get_state()[1]).all()
-    assert sorted(metrics.measure(network, None)) == ["erank", "weight_magnitude"]
+    assert row["grad_norm"] ** 2 == pytest.approx(sum(p.grad.square().sum().item() for p in network.parameters()))
 
 
-def test_log_is_flushed_leaves_gaps_empty_and_continues_at_an_offset(tmp_path):
-    path = tmp_path / "log.csv"
-    log = metrics.CSVLog(path, ["step", "loss", "erank"])
+def test_plasticity_is_the_share_of_a_change_that_is_learned():
+    torch.manual_seed(0)
+    obs, settings = torch.randn(64, 4), {"learning_rate": 0.01, "adam_eps": 1e-8, "batch_size": 32, "seed": 0}
+    live, dead = (nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3)) for _ in range(2))
+    dead[0].bias.data.fill_(-100.0)
+    assert metrics.plasticity(live, obs, updates=0, **settings) == pytest.approx((0, 0), abs=1e-3)  # of a variance of 1
+    some, more = (metrics.plasticity(live, obs, updates=updates, **settings) for updates in (30, 300))
+    assert 20 < some[0] < 90 and 90 < more[0] < 100 and more[1] == pytest.approx(more[0], abs=5)
+    scores = metrics.plasticity(dead, obs, updates=300, **settings)
+    assert scores[0] < 2 and scores[1] > 90  # the output's bias alone learns nothing, for the change has mean 0
+    linear = metrics.plasticity(nn.Linear(4, 3), obs, updates=2_000, **settings)
+    assert linear == pytest.approx((100, 100), abs=0.1)  # the change is a linear function, too
+    assert not torch.equal(metrics.fresh_copy(live)[0].weight, live[0].weight)
+
+
+# ---- the record of a run
+
+
+def test_log_is_flushed_leaves_gaps_empty_merges_a_step_and_continues_at_an_offset(tmp_path):
+    path, columns = tmp_path / "log.csv", ["step", "loss", "erank"]
+    log = metrics.CSVLog(path, columns)
     log.write({"step": 1, "erank": 2.0})
     assert path.read_text() == "step,loss,erank\n1,,2\n"  # readable while the run goes on
+    log.write({"step": 1, "loss": 0.25})
+    log.write({"step": 2, "loss": 1})
+    log.write({"step": 2, "loss": 0.125, "erank": None})
+    assert path.read_text() == "step,loss,erank\n1,0.25,2\n2,0.125,\n"
     offset = log.sync()
-    log.write({"step": 2, "loss": 1 / 3})
-    log.file.write("3,0.")  # a row cut short by a kill
-    log.close()
-    log = metrics.CSVLog(path, ["step", "loss", "erank"], offset)
-    log.write({"step": 2, "loss": 1 / 3, "erank": None})
-    log.close()
-    with open(path) as file:
-        assert list(csv.reader(file)) == [["step", "loss", "erank"], ["1", "", "2"], ["2", "0.333333", ""]]
+    log.write({"step": 3, "loss": 1 / 3})
+    log.file.write("4,0.")  # a row cut short by a kill
+    log.file.close()
+    log = metrics.CSVLog(path, columns, offset)
+    log.write({"step": 3, "loss": 1 / 3, "erank": None})
+    assert path.read_text() == "step,loss,erank\n1,0.25,2\n2,0.125,\n3,0.333333,\n"
     with pytest.raises(OSError, match="lost rows"):
-        metrics.CSVLog(path, ["step", "loss", "erank"], path.stat().st_size + 1)
-    assert len(path.read_text().splitlines()) == 3
+        metrics.CSVLog(path, columns, path.stat().st_size + 1)
+    assert len(path.read_text().splitlines()) == 4
     with pytest.raises(ValueError):
         metrics.CSVLog(path, ["step"]).write({"step": 1, "typo": 2})
+
+
+def open_run(folder, **settings):
+    return metrics.Run(folder, {"flag": (1, 2), "version": 1} | settings, 7, 3, ["step", "loss", "eval_return"])
+
+
+def test_a_run_goes_in_intervals_and_on_from_its_last_checkpoint(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(metrics, "LOG_EVERY", 2)
+    part, run, folder = nn.Linear(1, 1), open_run(tmp_path / "runs" / "a"), tmp_path / "runs" / "a"
+    weight = part.weight.item()
+    run.load(part=part)
+    assert part.weight.item() == weight and run.state == {} and run.step == 0  # a new run has nothing to load
+    for start, steps in run.intervals():
+        assert [step for step in steps if run.row_due(step)] == {0: [2, 3], 3: [4, 6], 6: [7]}[start]
+        run.log({"step": min(start + 3, 7), "loss": start})
+        if start < 6:  # killed before the last checkpoint
+            run.save(start + 3, part=part, note=[start])
+    del run
+    part.weight.data.zero_()
+    run = open_run(folder)
+    run.load(part=part)
+    assert (run.step, run.state["note"], part.weight.item(), run.finished) == (6, [3], weight, False)
+    assert [row["step"] for row in rows(folder)] == ["3", "6"]
+    assert [(start, list(steps)) for start, steps in run.intervals()] == [(6, [7])]
+    run.log({"step": 7, "loss": 6})
+    run.save(7)
+    del run
+    assert capsys.readouterr().out == ""
+    assert open_run(folder).finished and "finished" in capsys.readouterr().out
+    assert [row["step"] for row in rows(folder)] == ["3", "6", "7"]
+
+
+def test_a_row_has_its_speed_takes_tensors_and_refuses_what_is_not_finite(tmp_path, monkeypatch):
+    clock = iter((0.0, 4.0, 8.0, 12.0))
+    monkeypatch.setattr(metrics, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    run = open_run(tmp_path)
+    next(intervals := run.intervals())
+    run.log({"step": 2, "loss": torch.tensor(0.5), "eval_return": None})
+    run.log({"step": 2, "eval_return": 9})
+    for bad in (math.nan, math.inf, torch.tensor(math.nan)):
+        with pytest.raises(FloatingPointError, match="NaN"):
+            run.log({"step": 3, "loss": bad})
+    run.log({"step": 4})
+    assert (tmp_path / "log.csv").read_text().splitlines()[1:] == ["2,0.5,9,0.25", "4,,,0.5"]
+    intervals.close()
+
+
+def test_other_settings_another_version_and_a_second_writer_are_refused(tmp_path):
+    open_run(tmp_path).save(3)
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    message = r"other settings: flag \[1, 2\] \(now 5\), version 1 \(now 2\), more None \(now 0\); move it away"
+    with pytest.raises(metrics.UserError, match=message):
+        open_run(tmp_path, flag=5, version=2, more=0)
+    with filelock.FileLock(tmp_path / ".lock"), pytest.raises(metrics.UserError, match="in use by another process"):
+        open_run(tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+    run = open_run(tmp_path)
+    assert run.step == open_run(tmp_path).step == 3  # a notebook may open its run again
+    with pytest.raises(filelock.Timeout):
+        filelock.FileLock(tmp_path / ".lock").acquire(timeout=0)
+
+
+@pytest.mark.parametrize("damage", [0, 0.001, 0.3, 0.6, 0.999, "truncated", "empty"])
+def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, tmp_path):
+    open_run(tmp_path).save(3, part=nn.Linear(64, 64))
+    checkpoint, log = tmp_path / "checkpoint.pt", (tmp_path / "log.csv").read_bytes()
+    whole = checkpoint.read_bytes()
+    if isinstance(damage, str):
+        broken = whole[: len(whole) // 2] if damage == "truncated" else b""
+    else:
+        start = int(damage * len(whole))
+        broken = whole[:start] + bytes(byte ^ 0xFF for byte in whole[start : start + 64]) + whole[start + 64 :]
+    checkpoint.write_bytes(broken)
+    with pytest.raises(metrics.UserError, match="checkpoint.pt cannot be read .*; delete it to start this run over"):
+        open_run(tmp_path)
+    assert checkpoint.read_bytes() == broken and (tmp_path / "log.csv").read_bytes() == log
+
+
+def test_numbers_must_be_finite_and_within_their_bounds():
+    metrics.check_bounds({"gamma": 1.0, "beta": 0, "env": "a", "at": None, "flag": True}, {"gamma": (0, 1)})
+    for value, shown in ((1.5, "1.5 must lie in 0..1"), (-0.1, "-0.1 must"), (math.nan, "nan must")):
+        with pytest.raises(metrics.UserError, match=f"^--gamma-2 {shown}"):
+            metrics.check_bounds({"gamma_2": value}, {"gamma_2": (0, 1)})
+    for value in (-1, math.inf, math.nan):  # without bounds of its own
+        with pytest.raises(metrics.UserError, match=f"--beta {value} must lie in 0..inf"):
+            metrics.check_bounds({"beta": value}, {})
+
+
+@dataclasses.dataclass
+class Flags:
+    steps: int = 3
+    fast: bool = False
+
+
+@pytest.mark.parametrize(
+    ("outcome", "code", "message"),
+    [
+        (metrics.UserError("--x is wrong"), 2, "error: --x is wrong\n"),
+        (FloatingPointError("NaN in a"), 1, "error: training has diverged: NaN in a. What was saved before is kept.\n"),
+        (OSError("disk full"), 1, "error: disk full. When that is mended, the same command goes on from"),
+        (KeyboardInterrupt(), 130, "Stopped: the same command goes on from the last checkpoint"),
+        (signal.SIGTERM, 130, "Stopped: the same command goes on from the last checkpoint"),
+        (None, 0, ""),
+    ],
+)
+def test_a_command_ends_with_one_line_and_its_exit_code(outcome, code, message, capsys):
+    def train(flags):
+        assert flags == Flags(5, True)
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome:
+            os.kill(os.getpid(), outcome)
+        return "runs/a"
+
+    script = SimpleNamespace(__file__="script.py", main=lambda: metrics.command(train, Flags()))
+    assert call(script, "--steps", 5, "--fast") == code
+    out, err = capsys.readouterr()
+    assert err.startswith(message) and err.count("\n") == (code != 0)
+    assert out == ("" if code else "Done: runs/a/log.csv. Draw it with: python plot.py runs/a\n")
+    assert call(script, "--no-such-flag") == 2 and "--no-such-flag" in capsys.readouterr().err
+    assert call(script, "--help") == 0 and "--no-fast" not in capsys.readouterr().out
