@@ -57,7 +57,7 @@ def by_task(atari: float, other: float, digits: float):
 class Args:
     """Deep Q-learning with remedies against the loss of plasticity. Defaults depend on the task: --env Digits --help."""
 
-    # The run; a step is one of the environment
+    # ---- The run; a step is one of the environment
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
@@ -66,8 +66,7 @@ class Args:
     plasticity_every: int = by_task(4, 1, 1)  # intervals, of eval_every steps, between probes of plasticity
     plasticity_updates: int = by_task(400, 75, 100)  # updates of a probe
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
-
-    # Double DQN with Adam
+    # ---- Double DQN with Adam
     learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam
     adam_eps: float = by_task(1e-4, 1e-8, 1e-8)  # epsilon of Adam
     gamma: float = by_task(0.99, 0.99, 0.5)  # discount per step
@@ -80,22 +79,19 @@ class Args:
     end_e: float = by_task(0.01, 0.02, 0.05)  # last epsilon
     exploration_fraction: float = by_task(0.5, 0.1, 0.0)  # share of the run after which epsilon is at its last value
     max_grad_norm: float = by_task(10.0, 0.0, 0.0)  # longer gradients are scaled down to this norm; 0: never
-
-    # Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
+    # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
     injections: int = 0  # how many
     injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the second half of the run
     injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
-
-    # L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
+    # ---- L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
     l2_lambda: float = by_task(1e-5, 1e-3, 1e-4)  # constant, periodic: lambda
     l2_start: float = 0.0  # incremental: lambda at the start of the run
     l2_end: float = by_task(2e-5, 2e-3, 2e-4)  # incremental: lambda at its end
     l2_on_steps: int = by_task(500_000, 75_000, 4_000)  # periodic: steps with lambda (N in the paper)
     l2_off_steps: int = by_task(100_000, 15_000, 800)  # periodic: steps without it (M), then again
-
-    # The Q-network (paper 3.3)
+    # ---- The Q-network (paper 3.3)
     layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
     leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of every other activation
 
@@ -320,17 +316,6 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
 
 
 # ---- replay
-def replay_layout(obs_space: gym.spaces.Box, args: Args) -> tuple[np.dtype, int]:
-    """What a slot of the replay holds, and how many slots there are."""
-    stacked = len(obs_space.shape) == 3
-    frame = ("frame", obs_space.dtype, obs_space.shape[1:] if stacked else obs_space.shape)
-    # end: no transition starts here; start: the slot in which the episode started
-    rest = [("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("start", "i8")]
-    # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; episodes
-    # end at worst at every step, on Atari seldom
-    return np.dtype([frame, *rest]), args.buffer_size + int(args.eval_every * (17 / 16 if stacked else 2)) + 4
-
-
 class Replay:
     """A ring of single frames in a file, so that an Atari transition costs 7 KB, of the disk, and only once it is there.
 
@@ -340,9 +325,14 @@ class Replay:
     """
 
     def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args):
-        slot, slots = replay_layout(obs_space, args)
         self.obs_shape, self.buffer_size = obs_space.shape, args.buffer_size
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
+        frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
+        # end: no transition starts here; start: the slot in which the episode started
+        slot = np.dtype([frame, ("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("start", "i8")])
+        # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; ends of
+        # episodes take slots, too: at worst as many as steps, on Atari few.
+        slots = args.buffer_size + int(args.eval_every * (17 / 16 if self.stack > 1 else 2)) + 4
         path.touch()
         self.file = open(path, "r+b")  # noqa: SIM115 - open for the run
         self.file.truncate(slots * slot.itemsize)  # for the map, which has a fixed length; it takes no disk yet
@@ -514,16 +504,13 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
 
 
 def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
-    """The metrics of the network that trains, on 512 observations of the replay; they have a random stream of their own.
-
-    Plasticity, the dear one, only at the end of every `plasticity_every` intervals.
-    """
+    """The metrics of the network that trains, on 512 observations of the replay, by a random stream of their own."""
     rng = np.random.default_rng((args.seed, step, 2))
     obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
     row = metrics.measure(network, obs)
     if step % (args.eval_every * args.plasticity_every) == 0:
-        optimizer = args.learning_rate, args.adam_eps, args.batch_size
-        scores = metrics.plasticity(network, obs, *optimizer, args.plasticity_updates, seed=int(rng.integers(2**31)))
+        learning = args.learning_rate, args.adam_eps, args.batch_size
+        scores = metrics.plasticity(network, obs, *learning, args.plasticity_updates, seed=int(rng.integers(2**31)))
         row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
     return row
 
@@ -553,11 +540,10 @@ BOUNDS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction"), (
 
 def check(args: Args) -> None:
     """Raise UserError, saying what is wrong and what would be right, before anything is written."""
-    metrics.check_bounds(asdict(args), BOUNDS)
+    metrics.check(asdict(args), BOUNDS)
     check_injections(args)
     refuse(args.buffer_size < args.batch_size, "--buffer-size must be at least --batch-size")
     refuse(args.learning_starts >= args.total_steps, "--learning-starts must lie below --total-steps")
-    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
     no_task = args.env == "Digits" and (args.eval_every != 1_500 or args.learning_starts >= 1_500)
     refuse(no_task, "--env Digits: --eval-every must be 1500, the length of a task, and --learning-starts below it")
     try:
@@ -570,31 +556,25 @@ def check(args: Args) -> None:
     refuse(not isinstance(actions, gym.spaces.Discrete), f"--env {args.env} has actions {actions}, not Discrete ones")
     flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
     refuse(not (flat or rom(args.env)), f"--env {args.env} has observations {obs}, not a flat Box of float32")
-    check_disk(args, obs)
+    slot, spare = int(np.prod(obs.shape[-2:])) * obs.dtype.itemsize + 16, 2 * args.eval_every  # of a stack, one frame
+    needed, free = slot * min(args.buffer_size + spare, 2 * args.total_steps), shutil.disk_usage(".").free - 10**8
+    too_little = needed > free and not (run_folder(args) / "checkpoint.pt").exists()  # a run that goes on has its disk
+    sizes = f"the replay needs {needed / 1e6:,.1f} MB of disk, {max(0, free) / 1e6:,.1f} MB are free for it"
+    refuse(too_little, f"{sizes}: make room, or start with at most --buffer-size {max(0, free // slot - spare)}")
 
 
 def check_injections(args: Args) -> None:
     """The injection settings agree with each other and with the length of the run."""
-    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    alone = (trigger is None) != (args.injection_threshold is None)
-    refuse(alone, "--injection-trigger and --injection-threshold need each other")
-    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
-    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
-    differ = not trigger and len(steps) != args.injections
-    refuse(differ, f"--injections {args.injections} but --injection-steps {shown}")
+    steps, shown = args.injection_steps, " ".join(map(str, args.injection_steps))
+    if args.injection_trigger or args.injection_threshold is not None:
+        whole = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
+        needs = "--injection-threshold and --injections (at most how many), and excludes --injection-steps"
+        refuse(not whole, f"--injection-trigger needs {needs}")
+    else:
+        refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
     outside = steps and not 1 <= steps[0] <= steps[-1] <= args.total_steps
     refuse(outside, f"--injection-steps {shown} must lie in 1..{args.total_steps}")
-
-
-def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
-    """A new run has the disk that its replay will ever take, and 100 MB for the rest."""
-    slot, slots = replay_layout(obs_space, args)
-    needed, free = slot.itemsize * min(slots, 2 * args.total_steps), max(0, shutil.disk_usage(".").free - 100_000_000)
-    fits = max(0, free // slot.itemsize - (slots - args.buffer_size))
-    need = f"the replay needs {needed / 1e6:,.1f} MB of disk, {free / 1e6:,.1f} MB are free for it"
-    going_on = (run_folder(args) / "checkpoint.pt").exists()
-    refuse(needed > free and not going_on, f"{need}: make room, or start with at most --buffer-size {fits}")
 
 
 def main() -> int:

@@ -53,7 +53,7 @@ COLUMNS += ("l2_lambda", "injections", *metrics.METRICS, "plasticity_fresh")
 class Args:
     """Implicit Q-learning, offline then online, with remedies against the loss of plasticity."""
 
-    # The run; a step is one update, online also one of the environment
+    # ---- The run; a step is one update, online also one of the environment
     env: Literal["PointmassEasy", "PointmassMedium", "PointmassHard"] = "PointmassHard"  # the maze
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
@@ -65,30 +65,26 @@ class Args:
     plasticity_every: int = 1  # intervals, of eval_every steps, between probes of plasticity
     plasticity_updates: int = 100  # updates of a probe
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
-
-    # Implicit Q-learning with Adam
+    # ---- Implicit Q-learning with Adam
     learning_rate: float = 3e-4  # step size of Adam, for all three networks
     gamma: float = 0.95  # discount per step
     batch_size: int = 128  # transitions in an update
     expectile: float = 0.99  # of Q over the data's actions that V learns: 0.5 is their mean, 1 their maximum
     beta: float = 10.0  # inverse temperature of the actor: 0 imitates the data, more seeks value
     polyak: float = 0.005  # share of Q that enters the target network at every step
-
-    # Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
+    # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
     injections: int = 0  # how many
     injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the online phase, from its start
     injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
-
-    # L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
+    # ---- L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
     l2_lambda: float = 1e-4  # constant, periodic: lambda
     l2_start: float = 0.0  # incremental: lambda at the start of the run
     l2_end: float = 2e-4  # incremental: lambda at its end
     l2_on_steps: int = 50_000  # periodic: steps with lambda (N in the paper)
     l2_off_steps: int = 10_000  # periodic: steps without it (M), then again
-
-    # The Q-network (paper 3.3)
+    # ---- The Q-network (paper 3.3)
     layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
     leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of every other activation
 
@@ -169,8 +165,9 @@ def squared_norm(network: nn.Module) -> torch.Tensor:
 # ---- losses
 FIELDS = {"obs": ("float32", (2,)), "action": ("int64", ()), "reward": ("float32", ()), "next_obs": ("float32", (2,))}
 FIELDS |= {"terminated": ("bool", ()), "truncated": ("bool", ())}
-# The tensors of a batch. Their shape is (batch, width), also for plain numbers (batch, 1), as the networks have it.
-Batch = collections.namedtuple("Batch", FIELDS)
+Batch = collections.namedtuple(
+    "Batch", FIELDS
+)  # tensors (batch, width), as the networks have it: numbers are (batch, 1)
 
 
 def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
@@ -267,8 +264,7 @@ def train(args: Args) -> Path:
 
 
 def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
-    parameters = [parameter for network in networks for parameter in network.parameters()]
-    return torch.optim.Adam(parameters, args.learning_rate, fused=True)
+    return torch.optim.Adam(nn.ModuleList(networks).parameters(), args.learning_rate, fused=True)
 
 
 @torch.no_grad()
@@ -334,7 +330,7 @@ def collect(args: Args) -> dict[str, np.ndarray]:
     torch.manual_seed(seeds(args, 0, 1)[0])
     q, predictor, random_network = mlp(2, 64, 64, len(MOVES)), mlp(2, 400, 400, 5), mlp(2, 400, 400, 5)
     target_network = copy.deepcopy(q)
-    for parameter in random_network.parameters():
+    for parameter in random_network.requires_grad_(False).parameters():
         nn.init.normal_(parameter)
     optimizer = torch.optim.Adam([*q.parameters(), *predictor.parameters()], lr=1e-3, fused=True)
     nothing = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in FIELDS.items()}
@@ -342,16 +338,13 @@ def collect(args: Args) -> dict[str, np.ndarray]:
     for step in tqdm(range(1, args.collect_steps + 1), desc="collecting data", unit="step", disable=None):
         action = int(rng.integers(len(MOVES)))
         if rng.random() >= 0.3:
-            with torch.no_grad():
-                action = int(q(torch.from_numpy(obs)).argmax())
+            action = int(q(torch.from_numpy(obs)).argmax())
         next_obs, reward, terminated, truncated, _ = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated, truncated)
         obs = env.reset()[0] if terminated or truncated else next_obs
 
         batch = replay.sample(128, rng)
-        with torch.no_grad():
-            random_features = random_network(batch.next_obs)
-        error = (predictor(batch.next_obs) - random_features).square().mean(1, keepdim=True)
+        error = (predictor(batch.next_obs) - random_network(batch.next_obs)).square().mean(1, keepdim=True)
         with torch.no_grad():
             mean_square += (error.square().mean() - mean_square) / min(step, 100)  # of the latest 100 updates or so
             next_action = q(batch.next_obs).argmax(1, keepdim=True)
@@ -382,8 +375,8 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
     for name, (dtype, shape) in FIELDS.items():
         array, needed = data[name], (*rows, *shape)
         right = array.dtype == dtype and array.shape == needed and array.size
-        found = f"{name} is {array.dtype} of shape {array.shape}"
-        refuse(not right, f"{path}: {found}; it must be {dtype} of shape (transitions{', 2' if shape else ''})")
+        must = f"it must be {dtype} of shape (transitions{', 2' if shape else ''})"
+        refuse(not right, f"{path}: {name} is {array.dtype} of shape {array.shape}; {must}")
         low, high = {"action": (0, len(MOVES) - 1), "reward": (-1e6, 1e6)}.get(name, (0, 1))
         inside = ((low <= array) & (array <= high)).all()
         refuse(not inside, f"{path}: {name} must lie in {low}..{high}, but lies in {array.min()}..{array.max()}")
@@ -414,8 +407,7 @@ def offline_data(args: Args) -> dict[str, np.ndarray]:
 def coverage(args: Args, data: dict[str, np.ndarray]) -> np.ndarray:
     """How often the data visit each cell of the map."""
     size = Pointmass(args.env).size
-    cells = np.minimum((data["next_obs"] * size).astype(int), size - 1)
-    return np.bincount(cells[:, 0] * size + cells[:, 1], minlength=size * size).reshape(size, size)
+    return np.histogram2d(*size * data["next_obs"].T, bins=size, range=[(0, size)] * 2)[0]
 
 
 # ---- environment
@@ -482,8 +474,7 @@ class Pointmass(gym.Env):
         """The map from above, axis 0 downwards: the goal green, the point red."""
         axis = (np.arange(16 * self.size) + 0.5) / 16  # 16 pixels per cell
         rows, columns = np.meshgrid(axis, axis, indexing="ij")
-        grey = np.where(self.walls[rows.astype(int), columns.astype(int)], 60, 255)
-        image = np.stack([grey] * 3, -1).astype(np.uint8)
+        image = np.where(self.walls, 60, 255).astype(np.uint8).repeat(16, 0).repeat(16, 1)[..., None].repeat(3, 2)
         image[np.hypot(rows - self.goal[0], columns - self.goal[1]) < self.radius] = (90, 190, 90)
         image[np.hypot(rows - self.x, columns - self.y) < 0.4] = (220, 50, 50)
         return image
@@ -521,41 +512,36 @@ def evaluate(actor: nn.Module, args: Args, step: int, episodes: int) -> tuple[fl
     positions[:, 0] = envs[0].start
     total, running = 0.0, list(range(episodes))
     while running:
-        actions, playing, running = sample_actions(actor, obs[running], rng), running, []
-        for i, action in zip(playing, actions):
+        for i, action in zip(running.copy(), sample_actions(actor, obs[running], rng)):
             obs[i], reward, terminated, truncated, _ = envs[i].step(action)
             positions[i, envs[i].elapsed] = envs[i].x, envs[i].y
             total += reward
-            if not (terminated or truncated):
-                running.append(i)
+            if terminated or truncated:
+                running.remove(i)
     return total / episodes, positions
 
 
 @torch.inference_mode()
 def save_picture(path: Path, args: Args, data: dict[str, np.ndarray], v: nn.Module, actor: nn.Module) -> None:
-    """What a picture of the run needs, on the cells of the map; the policy is the most probable action."""
+    """What a picture of the run needs, on the cells of the map."""
     env = Pointmass(args.env)
     centres = (np.stack(np.indices(env.walls.shape), -1).reshape(-1, 2) + 0.5) / env.size
     obs = torch.as_tensor(centres, dtype=torch.float32, device=args.device)
     value = v(obs).cpu().numpy().reshape(env.walls.shape)
-    policy = actor(obs).argmax(1).cpu().numpy().reshape(env.walls.shape)
     arrays = {"maze": env.walls, "start": env.start, "goal": env.goal, "coverage": coverage(args, data)}
-    arrays |= {"value": np.where(env.walls, np.nan, value), "policy": np.where(env.walls, -1, policy)}
-    arrays["trajectories"] = evaluate(actor, args, args.total_steps, episodes=10)[1]
+    arrays |= {"value": np.where(env.walls, np.nan, value)}
+    arrays |= {"trajectories": evaluate(actor, args, args.total_steps, episodes=10)[1]}
     save_arrays(path, arrays)
 
 
 def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
-    """The metrics of the network that trains, on 512 observations of the replay; they have a random stream of their own.
-
-    Plasticity, the dear one, only at the end of every `plasticity_every` intervals.
-    """
+    """The metrics of the network that trains, on 512 observations of the replay, by a random stream of their own."""
     rng = np.random.default_rng((args.seed, step, 2))
     obs = replay.sample(512, rng, args.device).obs
     row = metrics.measure(network, obs)
     if step % (args.eval_every * args.plasticity_every) == 0:
-        optimizer = args.learning_rate, 1e-8, args.batch_size
-        scores = metrics.plasticity(network, obs, *optimizer, args.plasticity_updates, seed=int(rng.integers(2**31)))
+        learning = args.learning_rate, 1e-8, args.batch_size
+        scores = metrics.plasticity(network, obs, *learning, args.plasticity_updates, seed=int(rng.integers(2**31)))
         row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
     return row
 
@@ -577,23 +563,22 @@ BOUNDS |= dict.fromkeys(("gamma", "expectile", "polyak"), (0, 1))
 
 def check(args: Args) -> None:
     """Raise UserError, saying what is wrong and what would be right, before anything is written."""
-    metrics.check_bounds(asdict(args), BOUNDS)
+    metrics.check(asdict(args), BOUNDS)
     check_injections(args)
     refuse(args.total_steps == 0, "--offline-steps and --online-steps must not both be 0")
-    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu or auto")
     if args.dataset or dataset_path(args).exists():
         read_dataset(dataset_path(args))
 
 
 def check_injections(args: Args) -> None:
     """The injection settings agree with each other and with the length of the run."""
-    steps, trigger, shown = args.injection_steps, args.injection_trigger, " ".join(map(str, args.injection_steps))
-    alone = (trigger is None) != (args.injection_threshold is None)
-    refuse(alone, "--injection-trigger and --injection-threshold need each other")
-    refuse(trigger and steps, "--injection-trigger and --injection-steps exclude each other: give one of them")
-    refuse(trigger and not args.injections, "--injection-trigger needs --injections: how often it may inject")
-    differ = not trigger and len(steps) != args.injections
-    refuse(differ, f"--injections {args.injections} but --injection-steps {shown}")
+    steps, shown = args.injection_steps, " ".join(map(str, args.injection_steps))
+    if args.injection_trigger or args.injection_threshold is not None:
+        whole = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
+        needs = "--injection-threshold and --injections (at most how many), and excludes --injection-steps"
+        refuse(not whole, f"--injection-trigger needs {needs}")
+    else:
+        refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
     outside = steps and not 1 <= steps[0] <= steps[-1] <= args.total_steps
     refuse(outside, f"--injection-steps {shown} must lie in 1..{args.total_steps}")

@@ -1,11 +1,10 @@
 """What is measured, and the record of a run: the only code that both agents share. It knows no agent.
 
-Part 1, what is measured: pure functions of networks, weights and activations. A *unit* is an output channel of a Conv2d
-or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and Linear, without biases and normalisation
-parameters. Nothing here draws a random number or changes a network, so measuring never disturbs training.
+What is measured: pure functions of networks, weights and activations, which change no network and no random stream. A
+*unit* is an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and
+Linear, without biases and normalisation parameters. The README lists the papers that are cited.
 
-Part 2, the record of a run: its folder, CSV log and checkpoint (class `Run`), and what a command does with mistakes.
-The README lists the papers that are cited here.
+The record of a run: its folder, CSV log and checkpoint (class `Run`), and what a command does with a mistake.
 """
 
 import copy
@@ -30,8 +29,8 @@ from tqdm import tqdm
 
 # ---- what is measured
 # The metrics' columns in the log, and where each goes when plasticity is lost: up (1) or down (-1)
-DIRECTION_OF_LOSS = {"erank": -1, "feature_erank": -1, "weight_magnitude": 1, "updated_units": -1, "dormant_units": 1}
-DIRECTION_OF_LOSS |= {"plasticity": -1}
+DIRECTION_OF_LOSS = {"erank": -1, "feature_erank": -1, "weight_magnitude": 1, "updated_units": -1, "dormant_units": 1,
+                     "plasticity": -1}  # fmt: skip
 METRICS = tuple(DIRECTION_OF_LOSS)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh)
 
@@ -39,7 +38,7 @@ ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh)
 def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
     """The tensor itself. Raises FloatingPointError if it holds NaN or infinity."""
     if not torch.isfinite(tensor).all():
-        raise FloatingPointError(f"{what} is NaN or infinite")
+        raise FloatingPointError(f"{what} is NaN or infinite, as when training has diverged")
     return tensor
 
 
@@ -104,11 +103,10 @@ def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold:
 
 @torch.no_grad()
 def measure(network: nn.Sequential, obs: torch.Tensor) -> dict[str, float]:
-    """All metrics of the network that trains but `plasticity`, which costs more, and the norm of its gradient.
+    """All metrics of a network but `plasticity`, which costs more, and the norm of its gradient.
 
-    `obs`: observations for the metrics of activations; some hundred, for they bound the effective rank of the features.
-    Those of gradients are of the latest training batch, and absent before the first.
-    Raises FloatingPointError for NaN or infinity.
+    Those of activations are for `obs` (some hundred, for they bound the effective rank of the features), those of
+    gradients for the latest training batch, and absent before the first. Raises FloatingPointError for NaN or infinity.
     """
     eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
     outputs = list(itertools.accumulate(network, lambda x, layer: layer(x), initial=obs))[1:]
@@ -131,37 +129,32 @@ def plasticity(
     updates: int,
     seed: int,
 ) -> tuple[float, float]:
-    """How much of a change of its function the network learns, and a freshly initialised twin of it, in percent.
+    """Percentage of a change of its function that the network learns, and that a freshly initialised twin of it learns.
 
     A copy of each is trained for `updates` batches, by Adam with a fresh state, towards what it says on `obs` now plus
     what another fresh network says, standardised to mean 0 and variance 1 per output. The score is 100 (1 - mean
-    squared error) after that, at least 0: the direct probe of Lyle et al. 2022, 2023 and Moalla et al. 2024, for a
-    change of one size for all. The twin shows how hard it is on these `obs`. Network and random streams stay as they are.
+    squared error) then, at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin tells how hard it was.
     """
     scores = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        other, twin = fresh_copy(network), fresh_copy(network)
+        same, twin, other = (copy.deepcopy(network) for _ in range(3))
+        for layer in (*twin, *other):
+            getattr(layer, "reset_parameters", lambda: None)()  # activations have none
         batches = torch.randint(len(obs), (updates, batch_size), device=obs.device)
+    with torch.no_grad():
+        change = other(obs)
+        change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
+    for learner in (same, twin):
+        target = learner(obs).detach() + change
+        optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
+        for batch in batches:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(learner(obs[batch]), target[batch]).backward()
+            optimizer.step()
         with torch.no_grad():
-            change = other(obs)
-            change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
-        for learner in (copy.deepcopy(network), twin):
-            with torch.no_grad():
-                target = learner(obs) + change
-            optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
-            for batch in batches:
-                optimizer.zero_grad()
-                nn.functional.mse_loss(learner(obs[batch]), target[batch]).backward()
-                optimizer.step()
-            with torch.no_grad():
-                scores.append(max(0.0, 100 * (1 - nn.functional.mse_loss(learner(obs), target).item())))
+            scores.append(max(0.0, 100 * (1 - nn.functional.mse_loss(learner(obs), target).item())))
     return tuple(scores)
-
-
-def fresh_copy(network: nn.Module) -> nn.Module:
-    """A network of the same layers, initialised anew."""
-    return copy.deepcopy(network).apply(lambda layer: getattr(layer, "reset_parameters", lambda: None)())
 
 
 # ---- the record of a run
@@ -186,10 +179,7 @@ class CSVLog:
             self.writer.writeheader()
 
     def write(self, row: dict) -> None:
-        """Append a row, or complete the last one if it is of the same step.
-
-        Raises ValueError for an unknown column, OSError when the disk is full.
-        """
+        """Append a row, or complete the last one if it is of the same step. Raises ValueError for an unknown column."""
         if row["step"] == self.row.get("step"):
             row = self.row | row
             self.file.seek(self.row_start)
@@ -212,8 +202,10 @@ def refuse(wrong: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check_bounds(settings: dict, bounds: dict[str, tuple[float, float]]) -> None:
-    """Raise UserError unless every number is finite and within its bounds, without bounds of its own 0 or more."""
+def check(settings: dict, bounds: dict[str, tuple[float, float]]) -> None:
+    """Raise UserError unless every number is finite and within its bounds, by default 0 or more, and the device exists."""
+    no_gpu = settings["device"] == "cuda" and not torch.cuda.is_available()
+    refuse(no_gpu, "--device cuda: no CUDA GPU here; use cpu or auto")
     for name, value in settings.items():
         if isinstance(value, int | float):
             low, high = bounds.get(name, (0, math.inf))
@@ -224,10 +216,9 @@ def check_bounds(settings: dict, bounds: dict[str, tuple[float, float]]) -> None
 class Run:
     """A run's folder with config.json, log.csv and checkpoint.pt, and how far the run has come.
 
-    Training is a sequence of intervals, each from a fresh environment and random stream to a checkpoint. Opening the
-    folder again goes on from there, exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo).
-    `state` holds what the last checkpoint saved, by name; it is empty in a new run.
-    Raises UserError where the folder holds another run, is in use, or has a checkpoint that cannot be used.
+    Training is a sequence of intervals, each from a fresh environment and random stream to a checkpoint: it can go on
+    exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo). `state` is what the last one
+    holds by name, {} in a new run. Raises UserError where the folder holds another run, is in use, or damaged.
     """
 
     def __init__(self, folder: Path, settings: dict, steps: int, eval_every: int, columns: Iterable[str]):
@@ -288,7 +279,7 @@ class Run:
         """Write a row of numbers and scalar tensors, or add to that of the same step. Raises FloatingPointError."""
         row = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
-            raise FloatingPointError(f"NaN or infinity in {row}")
+            raise FloatingPointError(f"training has diverged: {row}")
         if row["step"] != self.latest[0]:
             self.previous = self.latest
         self.latest = row["step"], time.perf_counter()
@@ -332,10 +323,7 @@ def command(train: Callable, defaults: object) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except FloatingPointError as error:
-        print(f"error: training has diverged: {error}. What was saved before is kept.", file=sys.stderr)
-        return 1
-    except OSError as error:
+    except (FloatingPointError, OSError) as error:
         print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

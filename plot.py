@@ -1,4 +1,4 @@
-"""Figures and a table from the logs of both agents, also while runs are still going on: python plot.py runs/
+"""Figures and tables from the logs of both agents, also while runs are still going on: python plot.py runs/
 
 A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving
 average; its band is the 95 % bootstrap interval over the seeds. Where only some of the seeds have arrived, the line is
@@ -21,15 +21,19 @@ import pandas as pd
 import scipy.stats
 import seaborn as sns
 
+from metrics import DIRECTION_OF_LOSS
+
 # What is drawn, where the logs hold it
 COLUMNS = {"score": "correct actions in a task (%)", "eval_return": "evaluation return (sum of rewards)"}
 COLUMNS |= {"train_return": "training return (sum of rewards)", "erank": "average effective rank"}
 COLUMNS |= {"feature_erank": "effective rank of the features", "weight_magnitude": "weight magnitude (mean |w|)"}
 COLUMNS |= {"updated_units": "updated units (%)", "dormant_units": "dormant units (%)"}
+COLUMNS |= {"plasticity": "plasticity (% of a change learned)"}
 # The colour of all variants that begin like this, in every figure; in the order of the legends; "": all others.
-blue, orange, green, red, purple, brown, pink, grey, _, sky = sns.color_palette("colorblind")
-COLOURS = {"standard": "black", "injection-1": blue, "injection-2": orange, "injection-3": green, "l2-constant": purple}
-COLOURS |= {"l2-incremental": pink, "l2-periodic": brown, "layer-norm": red, "leaky-relu": sky, "": grey}
+blue, orange, green, red, purple, brown, pink, grey, yellow, sky = sns.color_palette("colorblind")
+COLOURS = {"standard": "black", "injection-1": blue, "injection-2": orange, "injection-3-plasticity": yellow}
+COLOURS |= {"injection-3": green, "l2-constant": purple, "l2-incremental": pink, "l2-periodic": brown}
+COLOURS |= {"layer-norm": red, "leaky-relu": sky, "": grey}
 LEVELS = {"MsPacman": {"human": 6951.6, "random actions": 307.3}}  # Mnih et al. 2015, Wang et al. 2016
 LEVELS |= {"LunarLander": {"solved": 200}, "PointmassHard": {"optimum": -33}}  # by definition; dynamic programming
 DIGITS_TASK = 1_500  # steps of a task of Digits, which is one episode; a correct action has reward 1
@@ -65,10 +69,8 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
     logs, settings, left_out = {}, {}, []
     for folder in sorted({path for root in folders for path in (root, *root.glob("**/"))}):
         try:
-            if not (folder / "log.csv").exists() and any(
-                path.is_dir() for path in folder.iterdir()
-            ):  # a folder of runs
-                continue
+            if not (folder / "log.csv").exists() and any(path.is_dir() for path in folder.iterdir()):
+                continue  # a folder of runs
             log, config = read_run(folder)
             if config in settings.values():
                 raise ValueError("another folder holds the same run")
@@ -91,9 +93,8 @@ def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
     pictures = {}
     for label, run in log.groupby("label").run.unique().explode().items():
         try:
-            pictures[label] = dict(np.load(Path(run, "picture.npz")))
-        except FileNotFoundError:  # another task, or unfinished
-            continue
+            if Path(run, "picture.npz").exists():  # not for other tasks, nor while the run goes on
+                pictures[label] = dict(np.load(Path(run, "picture.npz")))
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
             print(f"left out {run}/picture.npz: {error}", file=sys.stderr)
     return pictures
@@ -137,6 +138,11 @@ def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator:
         line = summarise(curves(runs, column, smooth), estimator)
         ax.plot(line.centre, label=name, marker="o" if len(line) == 1 else None, **styles[label])
         ax.fill_between(line.index, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+        if column == "plasticity":
+            twin = CENTRES[estimator](curves(runs, "plasticity_fresh", smooth).to_numpy(), axis=1)
+            ax.plot(
+                line.index, twin, color=colour, linestyle="--", linewidth=0.7, label="the same, freshly initialised"
+            )
         if smooth:
             raw = CENTRES[estimator](curves(runs, column, 0).to_numpy(), axis=1)
             ax.plot(line.index, raw, color=colour, alpha=0.3, linewidth=0.7)
@@ -219,6 +225,38 @@ def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
     return pd.concat([seeds, runs.groupby("label").agg(cell)], axis=1).reset_index(names="variant")
 
 
+def correlations(log: pd.DataFrame) -> pd.DataFrame:
+    """Which metric tells? Spearman's rank correlation with plasticity: over all rows of all runs, and within runs.
+
+    The latter is the median over the runs in which the metric varies. In Digits also with the score of the task that
+    follows. The expected sign is that of a metric which tells of lost plasticity.
+    """
+    rows, table = log.dropna(subset="plasticity"), []
+    aims = {"plasticity": rows.plasticity}
+    if "score" in rows:
+        aims["next task's score"] = rows.groupby("run").score.shift(-1)
+    for metric, direction in DIRECTION_OF_LOSS.items():
+        row = {"metric": metric, "expected sign": "-" if direction > 0 else "+"}
+        for aim, values in aims.items():
+            pairs = pd.DataFrame({"x": rows[metric], "y": values}).dropna()
+            overall, within = pairs.corr("spearman").x.y, pairs.groupby(rows.run).corr("spearman").x.xs("y", level=1)
+            for name, value in ((aim, overall), (f"{aim}, within runs", within.median())):
+                row[name] = "itself" if metric == aim else "constant" if np.isnan(value) else f"{value:.2f}"
+        table.append(row)
+    return pd.DataFrame(table if len(aims) > 1 else table[:-1])
+
+
+def draw_correlations(log: pd.DataFrame) -> plt.Figure:
+    """A panel per metric: its value and the plasticity, for each row in which both were measured."""
+    metrics = [metric for metric in DIRECTION_OF_LOSS if metric != "plasticity"]
+    points = log.dropna(subset="plasticity").melt(["label", "plasticity"], metrics, "metric")
+    colours = {label: style["color"] for label, style in line_styles(log.label.unique()).items()}
+    look = {"s": 9, "alpha": 0.5, "linewidth": 0, "height": 2.6, "facet_kws": {"sharex": False}}
+    hues = {"hue": points.label.astype(str), "hue_order": list(colours), "palette": colours}
+    grid = sns.relplot(points, x="value", y="plasticity", col="metric", **hues, **look)
+    return grid.set_axis_labels("", COLUMNS["plasticity"]).set_titles("{col_name}").figure
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Draw the logs of any number of runs.", allow_abbrev=False)
     parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # one line, without the usage
@@ -238,6 +276,7 @@ def main() -> None:
         parser.error(error)
     os.environ["SOURCE_DATE_EPOCH"] = "0"  # no dates in the files: the same logs give the same bytes
     sns.set_theme(style="whitegrid", font_scale=0.85, rc={"svg.hashsalt": "plot", "lines.linewidth": 1.5})
+    tables = {}
     for env, log in logs.groupby("env"):
         log = log.dropna(axis="columns", how="all")
         columns = [column for column in COLUMNS if column in log]
@@ -245,16 +284,21 @@ def main() -> None:
         figures["overview"] = draw_figure(log, columns, args.smooth, args.estimator)
         if pictures := read_pictures(log):
             figures["picture"] = draw_picture(pictures)
+        if "plasticity" in log:
+            figures["correlations"] = draw_correlations(log)
         for name, figure in figures.items():
             figure.savefig(args.out / f"{env}_{name}.{args.format}", dpi=150, bbox_inches="tight")
         plt.close("all")
         if log.final.any():
-            rows = table(log, args.estimator)
-            markdown = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
-            if args.table:
-                print(f"### {env}\n", *(f"| {' | '.join(line)} |" for line in markdown), "", sep="\n")
-            else:
-                print(env, rows.to_string(index=False), "", sep="\n")
+            tables[env] = table(log, args.estimator)
+        if "plasticity" in log:
+            tables[f"{env}: which metric tells of plasticity?"] = correlations(log)
+    for title, rows in tables.items():
+        if args.table:
+            lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
+            print(f"### {title}\n", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
+        else:
+            print(title, rows.to_string(index=False), "", sep="\n")
 
 
 if __name__ == "__main__":
