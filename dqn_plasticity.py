@@ -42,6 +42,7 @@ from metrics import UserError, refuse
 
 gym.register_envs(ale_py)
 
+THREADS = torch.get_num_threads()
 VERSION = 3  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
 COLUMNS += (*metrics.METRICS, "plasticity_fresh")
@@ -57,14 +58,16 @@ def by_task(atari: float, other: float, digits: float):
 class Args:
     """Deep Q-learning with remedies against the loss of plasticity. Defaults depend on the task: --env Digits --help."""
 
-    # ---- The run; a step is one of the environment
+    # ---- The run; a step is one of the environment. by_task: the default on Atari, on other tasks, on Digits
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = by_task(4, 1, 1)  # intervals, of eval_every steps, between probes of plasticity
-    plasticity_updates: int = by_task(400, 75, 100)  # updates of a probe
+    plasticity_every: int = by_task(
+        4, 1, 1
+    )  # intervals (of eval_every steps) between measurements of metrics.plasticity
+    plasticity_updates: int = by_task(400, 75, 100)  # updates that it takes
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
     # ---- Double DQN with Adam
     learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam
@@ -93,11 +96,11 @@ class Args:
     l2_off_steps: int = by_task(100_000, 15_000, 800)  # periodic: steps without it (M), then again
     # ---- The Q-network (paper 3.3)
     layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
-    leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of every other activation
+    leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of ReLU
 
     def __post_init__(self):
         self.env = re.sub("^ALE/(.*)-v5$", r"\1", self.env)  # "ALE/MsPacman-v5" is "MsPacman"
-        task = 0 if rom(self.env) else 2 if self.env == "Digits" else 1
+        task = 0 if is_atari(self.env) else 2 if self.env == "Digits" else 1
         for setting in fields(self):
             if getattr(self, setting.name) is None and "by_task" in setting.metadata:
                 setattr(self, setting.name, setting.metadata["by_task"][task])
@@ -112,7 +115,7 @@ class Args:
 
 # ---- network
 class QNetwork(nn.Sequential):
-    """network_input(observations) to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
+    """Observations as floats to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         def hidden(layer: nn.Module, *shape: int) -> list[nn.Module]:
@@ -120,7 +123,7 @@ class QNetwork(nn.Sequential):
             return [layer, *norm, nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()]
 
         actions = int(envs.single_action_space.n)
-        if rom(args.env):
+        if is_atari(args.env):
             super().__init__(
                 *hidden(nn.Conv2d(4, 32, 8, stride=4), 32, 20, 20),
                 *hidden(nn.Conv2d(32, 64, 4, stride=2), 64, 9, 9),
@@ -205,41 +208,41 @@ def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float)
 def train(args: Args) -> Path:
     """Train one agent and return its run's folder. Raises UserError, and FloatingPointError when training diverges."""
     check(args)
-    settings = asdict(args) | {"version": VERSION}
-    run = metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every, COLUMNS)
-    if not rom(args.env):
-        torch.set_num_threads(1)  # one thread beats two on a small network
-    injected_at = run.state.get("injected_at", [])
-    smoothed = run.state.get("smoothed")  # moving average of the metric that triggers injections
+    run = metrics.Run(run_folder(args), asdict(args) | {"version": VERSION}, args.total_steps, args.eval_every, COLUMNS)
+    if run.finished:
+        (run.folder / "replay").unlink(missing_ok=True)  # if it was killed just before it could
+        return run.folder
+    torch.set_num_threads(THREADS if is_atari(args.env) else 1)  # one thread beats two on a small network
+    injected_at, smoothed = run.state.get("injected_at", []), run.state.get("smoothed")  # of a run that goes on
     envs = make_env(args.env)
     q = fresh_network(envs, args, 0)
     target_network = copy.deepcopy(q).requires_grad_(False)
-    for step in injected_at:  # those of a run that goes on
-        q, target_network = inject(q, target_network, fresh_network(envs, args, step))
+    for at in injected_at:
+        q, target_network = inject(q, target_network, fresh_network(envs, args, at))
     optimizer = adam(q, args)
-    replay = Replay(run.folder / "replay", envs.single_observation_space, args)
+    replay = Replay(run.folder / "replay", envs.single_observation_space, args, new=not run.state)
     run.load(q=q, target_network=target_network, optimizer=optimizer, replay=replay)
 
     for start, steps in run.intervals():
         envs, obs, rng = fresh_start(args, start)
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # as after a restart
         if args.env == "Digits":
             # An interval is a task, with new labels. Old ones would poison the targets: a fault of memory, not of
-            # plasticity. Weights, target network and optimiser stay, for they are what loses its plasticity.
+            # plasticity. Weights, target network and optimiser stay, for their plasticity is the question.
             replay.empty()
-        episode_return, returns, update = 0.0, [], {}
+        episode_return, returns, update = 0.0, [], {}  # returns since the last row; figures of the latest update
         for step in steps:
             if injection_due(args, step, injected_at, smoothed):  # paper 3.1
                 q, target_network = inject(q, target_network, fresh_network(envs, args, step))
                 optimizer, update = adam(q, args), {}
                 injected_at, smoothed = [*injected_at, step], None
 
-            exploration = epsilon(args, step, replay)
-            action = epsilon_greedy(q, obs, exploration, rng)
+            epsilon = exploration_rate(args, step, replay)
+            action = epsilon_greedy(q, obs, epsilon, rng)
             next_obs, reward, terminated, truncated, _ = envs.step(action)
             episode_over = terminated[0] or truncated[0]
             episode_return += float(reward[0])
-            clipped_reward = np.sign(reward[0]) if rom(args.env) else reward[0]  # Mnih et al. 2015
+            clipped_reward = np.sign(reward[0]) if is_atari(args.env) else reward[0]  # Mnih et al. 2015
             replay.add(obs[0], action[0], clipped_reward, next_obs[0], terminated[0], episode_over)
             obs = next_obs
 
@@ -263,7 +266,7 @@ def train(args: Args) -> Path:
                 obs, _ = envs.reset()
 
             if run.row_due(step):
-                row = {"step": step, "epsilon": exploration, "l2_lambda": l2_coefficient(args, step)}
+                row = {"step": step, "epsilon": epsilon, "l2_lambda": l2_coefficient(args, step)}
                 row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
                 row |= measurements(args, step, trained(q), replay) | update
                 if update and args.injection_trigger in row:
@@ -312,7 +315,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
     waited = not injected_at or step - injected_at[-1] >= 0.05 * args.total_steps
     if smoothed is None or not waited or len(injected_at) == args.injections:
         return False
-    return metrics.DIRECTION_OF_LOSS[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
+    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
 
 
 # ---- replay
@@ -324,36 +327,37 @@ class Replay:
     full disk is an OSError (through a memory map it would kill the process), and read through a memory map.
     """
 
-    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args):
+    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, new: bool = True):
         self.obs_shape, self.buffer_size = obs_space.shape, args.buffer_size
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
         frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
-        # end: no transition starts here; start: the slot in which the episode started
-        slot = np.dtype([frame, ("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("start", "i8")])
+        # end: no transition starts here; episode_start: the slot in which its episode started
+        slot = np.dtype(
+            [frame, ("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("episode_start", "i8")]
+        )
         # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; ends of
         # episodes take slots, too: at worst as many as steps, on Atari few.
         slots = args.buffer_size + int(args.eval_every * (17 / 16 if self.stack > 1 else 2)) + 4
-        path.touch()
-        self.file = open(path, "r+b")  # noqa: SIM115 - open for the run
+        self.file = open(path, "w+b" if new else "r+b")  # noqa: SIM115 - open for the run
         self.file.truncate(slots * slot.itemsize)  # for the map, which has a fixed length; it takes no disk yet
         self.ring = np.memmap(path, slot, "r", shape=slots).view(np.ndarray)  # without memmap's slow indexing
         # Slots are numbered from the start of the run; slot k lies at k modulo the length of the ring.
         self.next = 0  # slot to be written
-        self.start = 0  # where the episode started
+        self.episode_start = 0  # where the episode started
         self.first = 0  # first slot since the replay was emptied
         self.added = 0  # transitions since then
 
     def state_dict(self) -> dict[str, int]:
         os.fsync(self.file.fileno())
-        return {name: getattr(self, name) for name in ("next", "start", "first", "added")}
+        return {name: getattr(self, name) for name in ("next", "episode_start", "first", "added")}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         vars(self).update(state)
 
     def add(self, obs, action: int, reward: float, next_obs, terminated: bool, episode_over: bool) -> None:
         frame, next_frame = (obs, next_obs) if self.stack == 1 else (obs[-1], next_obs[-1])
-        transition = (frame, action, reward, terminated, False, self.start)
-        end = (next_frame, 0, 0.0, False, True, self.start)  # overwritten if the episode goes on
+        transition = (frame, action, reward, terminated, False, self.episode_start)
+        end = (next_frame, 0, 0.0, False, True, self.episode_start)  # overwritten if the episode goes on
         for slot, content in enumerate((transition, end), start=self.next):
             self.file.seek(slot % len(self.ring) * self.ring.itemsize)
             self.file.write(np.array(content, self.ring.dtype))
@@ -364,8 +368,8 @@ class Replay:
 
     def end_episode(self) -> None:
         """Keep the slot of the last observation, unless an episode has just ended."""
-        self.next += self.next > self.start
-        self.start = self.next
+        if self.next > self.episode_start:
+            self.next = self.episode_start = self.next + 1
 
     def empty(self) -> None:
         self.first, self.added = self.next, 0
@@ -382,14 +386,14 @@ class Replay:
         """As the environment returned them: what a stack holds from before its episode is black."""
         stacks = slots[:, None] + np.arange(1 - self.stack, 1)
         frames = self.ring["frame"][stacks % len(self.ring)]
-        frames[stacks < self.ring["start"][stacks[:, -1:] % len(self.ring)]] = 0
+        frames[stacks < self.ring["episode_start"][stacks[:, -1:] % len(self.ring)]] = 0
         return frames.reshape(-1, *self.obs_shape)
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
         slots = self.draw(batch_size, rng)
-        obs, next_obs = (network_input(self.observations(slots + after), device) for after in (0, 1))
-        what = [self.ring[name][slots % len(self.ring)] for name in ("action", "reward", "terminated")]
-        action, reward, terminated = (torch.as_tensor(array, device=device) for array in what)
+        obs, next_obs = (network_input(self.observations(slots + offset), device) for offset in (0, 1))
+        columns = [self.ring[name][slots % len(self.ring)] for name in ("action", "reward", "terminated")]
+        action, reward, terminated = (torch.as_tensor(array, device=device) for array in columns)
         return Batch(obs, action.long(), reward, next_obs, terminated.float())
 
 
@@ -435,10 +439,8 @@ class Digits(gym.Env):
 gym.register("Digits", Digits, max_episode_steps=1_500)
 
 
-def rom(env_id: str) -> str | None:
-    """The ROM behind an Atari game's name, "ms_pacman" for "MsPacman"; None for any other task."""
-    spec = gym.registry.get(f"ALE/{env_id}-v5")
-    return spec and spec.kwargs["game"]
+def is_atari(env_id: str) -> bool:
+    return f"ALE/{env_id}-v5" in gym.registry
 
 
 def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
@@ -447,11 +449,10 @@ def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
     Atari as in Mnih et al. 2015 (up to 30 no-ops, frame skip 4 with a maximum over 2, no sticky actions, FIRE pressed
     where needed), but episodes end with the game, not with a life, and rewards are the game's own.
     """
-    if rom(env_id):
-        return AtariVectorEnv(rom(env_id), num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
-    version = gym.envs.registration.find_highest_version(
-        None, env_id
-    )  # "LunarLander" is the newest one, "LunarLander-v3"
+    if is_atari(env_id):
+        rom = gym.registry[f"ALE/{env_id}-v5"].kwargs["game"]  # "ms_pacman" for "MsPacman"
+        return AtariVectorEnv(rom, num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
+    version = gym.envs.registration.find_highest_version(None, env_id)  # so that "LunarLander" is "LunarLander-v3"
     return gym.make_vec(env_id if version is None else f"{env_id}-v{version}", num_envs, vectorization_mode="sync")
 
 
@@ -467,11 +468,11 @@ def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray
 
 
 # ---- acting, evaluation and measurements
-def epsilon(args: Args, step: int, replay: Replay) -> float:
-    """Linear from start_e to end_e, on Atari once learning starts. In Digits every task starts with random actions."""
+def exploration_rate(args: Args, step: int, replay: Replay) -> float:
+    """Epsilon: linear from start_e to end_e, on Atari once learning starts. In Digits every task starts with random actions."""
     if args.env == "Digits" and replay.added < args.learning_starts:
         return 1.0
-    begin = args.learning_starts if rom(args.env) else 0
+    begin = args.learning_starts if is_atari(args.env) else 0
     end = max(begin + 1, args.exploration_fraction * args.total_steps)
     return float(np.interp(step, (begin, end), (args.start_e, args.end_e)))
 
@@ -509,8 +510,8 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
     row = metrics.measure(network, obs)
     if step % (args.eval_every * args.plasticity_every) == 0:
-        learning = args.learning_rate, args.adam_eps, args.batch_size
-        scores = metrics.plasticity(network, obs, *learning, args.plasticity_updates, seed=int(rng.integers(2**31)))
+        adam, seed = {"lr": args.learning_rate, "eps": args.adam_eps}, int(rng.integers(2**31))
+        scores = metrics.plasticity(network, obs, adam, args.batch_size, args.plasticity_updates, seed)
         row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
     return row
 
@@ -525,17 +526,10 @@ def run_folder(args: Args) -> Path:
     return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
 
 
-AT_LEAST_1 = (
-    "total_steps",
-    "eval_every",
-    "plasticity_every",
-    "eval_episodes",
-    "batch_size",
-    "train_frequency",
-    "l2_on_steps",
-)
-BOUNDS = dict.fromkeys((*AT_LEAST_1, "target_network_frequency"), (1, np.inf)) | {"learning_rate": (1e-12, np.inf)}
-BOUNDS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction"), (0, 1)) | {"buffer_size": (2, np.inf)}
+AT_LEAST_1 = ("total_steps", "eval_every", "plasticity_every", "eval_episodes", "batch_size", "train_frequency")
+AT_LEAST_1 += ("target_network_frequency", "l2_on_steps")
+BOUNDS = dict.fromkeys(AT_LEAST_1, (1, np.inf)) | {"learning_rate": (1e-12, np.inf), "buffer_size": (2, np.inf)}
+BOUNDS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction"), (0, 1))
 
 
 def check(args: Args) -> None:
@@ -544,8 +538,8 @@ def check(args: Args) -> None:
     check_injections(args)
     refuse(args.buffer_size < args.batch_size, "--buffer-size must be at least --batch-size")
     refuse(args.learning_starts >= args.total_steps, "--learning-starts must lie below --total-steps")
-    no_task = args.env == "Digits" and (args.eval_every != 1_500 or args.learning_starts >= 1_500)
-    refuse(no_task, "--env Digits: --eval-every must be 1500, the length of a task, and --learning-starts below it")
+    wrong = args.env == "Digits" and (args.eval_every != 1_500 or args.learning_starts >= 1_500)
+    refuse(wrong, "--env Digits: --eval-every must be 1500, the length of a task, and --learning-starts below it")
     try:
         envs = make_env(args.env)
     except Exception as error:  # whatever a third-party environment raises
@@ -553,14 +547,18 @@ def check(args: Args) -> None:
         hint = f"perhaps {' or '.join(close) or 'MsPacman, LunarLander or Digits'}?"
         raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())} ({hint})") from error
     actions, obs = envs.single_action_space, envs.single_observation_space
-    refuse(not isinstance(actions, gym.spaces.Discrete), f"--env {args.env} has actions {actions}, not Discrete ones")
+    counted = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
+    refuse(not counted, f"--env {args.env} has actions {actions}, not Discrete ones from 0 on")
     flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
-    refuse(not (flat or rom(args.env)), f"--env {args.env} has observations {obs}, not a flat Box of float32")
-    slot, spare = int(np.prod(obs.shape[-2:])) * obs.dtype.itemsize + 16, 2 * args.eval_every  # of a stack, one frame
-    needed, free = slot * min(args.buffer_size + spare, 2 * args.total_steps), shutil.disk_usage(".").free - 10**8
+    refuse(not (flat or is_atari(args.env)), f"--env {args.env} has observations {obs}, not a flat Box of float32")
+    slot_bytes, spare = (
+        int(np.prod(obs.shape[-2:])) * obs.dtype.itemsize + 16,
+        2 * args.eval_every,
+    )  # of a stack, one frame
+    needed, free = slot_bytes * min(args.buffer_size + spare, 2 * args.total_steps), shutil.disk_usage(".").free - 10**8
     too_little = needed > free and not (run_folder(args) / "checkpoint.pt").exists()  # a run that goes on has its disk
     sizes = f"the replay needs {needed / 1e6:,.1f} MB of disk, {max(0, free) / 1e6:,.1f} MB are free for it"
-    refuse(too_little, f"{sizes}: make room, or start with at most --buffer-size {max(0, free // slot - spare)}")
+    refuse(too_little, f"{sizes}: make room, or start with at most --buffer-size {max(0, free // slot_bytes - spare)}")
 
 
 def check_injections(args: Args) -> None:

@@ -62,8 +62,8 @@ class Args:
     offline_steps: int = 100_000  # updates on the collected data alone
     online_steps: int = 100_000  # then environment steps, with an update after each
     eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = 1  # intervals, of eval_every steps, between probes of plasticity
-    plasticity_updates: int = 100  # updates of a probe
+    plasticity_every: int = 1  # intervals (of eval_every steps) between measurements of metrics.plasticity
+    plasticity_updates: int = 100  # updates that it takes
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
     # ---- Implicit Q-learning with Adam
     learning_rate: float = 3e-4  # step size of Adam, for all three networks
@@ -86,7 +86,7 @@ class Args:
     l2_off_steps: int = 10_000  # periodic: steps without it (M), then again
     # ---- The Q-network (paper 3.3)
     layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
-    leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of every other activation
+    leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of tanh
 
     def __post_init__(self):
         if self.device == "auto":
@@ -165,15 +165,12 @@ def squared_norm(network: nn.Module) -> torch.Tensor:
 # ---- losses
 FIELDS = {"obs": ("float32", (2,)), "action": ("int64", ()), "reward": ("float32", ()), "next_obs": ("float32", (2,))}
 FIELDS |= {"terminated": ("bool", ()), "truncated": ("bool", ())}
-Batch = collections.namedtuple(
-    "Batch", FIELDS
-)  # tensors (batch, width), as the networks have it: numbers are (batch, 1)
+Batch = collections.namedtuple("Batch", FIELDS)  # tensors (batch, width), as in the networks: numbers are (batch, 1)
 
 
-def expectile_loss(difference: torch.Tensor, expectile: float) -> torch.Tensor:
-    """mean |expectile - 1(u < 0)| u^2 (IQL eq. 5)."""
-    weight = torch.where(difference < 0, 1 - expectile, expectile)
-    return (weight * difference.square()).mean()
+def expectile_loss(advantage: torch.Tensor, expectile: float) -> torch.Tensor:
+    """mean |expectile - 1(u < 0)| u^2 for the advantage u (IQL eq. 5)."""
+    return (torch.where(advantage < 0, 1 - expectile, expectile) * advantage.square()).mean()
 
 
 def iql_losses(q, target_network, v, actor, batch: Batch, args: Args) -> tuple[torch.Tensor, ...]:
@@ -183,38 +180,36 @@ def iql_losses(q, target_network, v, actor, batch: Batch, args: Args) -> tuple[t
         td_target = batch.reward + args.gamma * ~batch.terminated * v(batch.next_obs)
     advantage = target_value - v(batch.obs)
     v_loss = expectile_loss(advantage, args.expectile)
-    value = q(batch.obs).gather(1, batch.action)
-    q_loss = nn.functional.mse_loss(value, td_target)
+    q_values = q(batch.obs).gather(1, batch.action)
+    q_loss = nn.functional.mse_loss(q_values, td_target)
     weight = (args.beta * advantage.detach()).exp().clamp(max=100)
     actor_loss = -(weight * actor(batch.obs).log_softmax(1).gather(1, batch.action)).mean()
-    return v_loss, q_loss, actor_loss, value
+    return v_loss, q_loss, actor_loss, q_values
 
 
 # ---- training
 def train(args: Args) -> Path:
     """Train one agent and return its run's folder. Raises UserError, and FloatingPointError when training diverges."""
     check(args)
-    settings = asdict(args) | {"version": VERSION}
-    run = metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every, COLUMNS)
+    run = metrics.Run(run_folder(args), asdict(args) | {"version": VERSION}, args.total_steps, args.eval_every, COLUMNS)
     if run.finished:
         return run.folder
-    torch.set_num_threads(1)  # one thread beats two on small networks
+    torch.set_num_threads(1)  # one thread beats two on a small network
     data = offline_data(args)
     replay = Replay(data, args.online_steps)
-    injected_at = run.state.get("injected_at", [])
-    smoothed = run.state.get("smoothed")  # moving average of the metric that triggers injections
+    injected_at, smoothed = run.state.get("injected_at", []), run.state.get("smoothed")  # of a run that goes on
     q = fresh_network(args, 0)
     v, actor = mlp(2, 64, 64, 1).to(args.device), mlp(2, 128, 128, len(MOVES)).to(args.device)
     target_network = copy.deepcopy(q).requires_grad_(False)
-    for step in injected_at:  # those of a run that goes on
-        q, target_network = inject(q, target_network, fresh_network(args, step))
+    for at in injected_at:
+        q, target_network = inject(q, target_network, fresh_network(args, at))
     q_optimizer, optimizer = adam(args, trained(q)), adam(args, v, actor)
-    rest = {"v": v, "actor": actor, "optimizer": optimizer, "replay": replay}
+    rest = {"v": v, "actor": actor, "optimizer": optimizer, "replay": replay}  # what no injection replaces
     run.load(q=q, target_network=target_network, q_optimizer=q_optimizer, **rest)
 
     for start, steps in run.intervals():
         env, obs, rng = fresh_start(args, start)
-        episode_return, returns = 0.0, []
+        episode_return, returns = 0.0, []  # returns since the last row
         for step in steps:
             if injection_due(args, step, injected_at, smoothed):  # paper 3.1
                 q, target_network = inject(q, target_network, fresh_network(args, step))
@@ -246,10 +241,9 @@ def train(args: Args) -> Path:
 
             if run.row_due(step):
                 row = {"step": step, "phase": "online" if step > args.offline_steps else "offline"}
-                row |= {"l2_lambda": l2_coefficient(args, step), "injections": len(injected_at)}
+                row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
                 row |= {"v_loss": v_loss, "q_loss": q_loss, "actor_loss": actor_loss, "q_mean": q_values.mean()}
-                row |= {"train_return": np.mean(returns) if returns else None}
-                row |= measurements(args, step, trained(q), replay)
+                row |= {"l2_lambda": l2_coefficient(args, step)} | measurements(args, step, trained(q), replay)
                 if args.injection_trigger in row:
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 run.log(row)
@@ -268,9 +262,9 @@ def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def polyak_update(target_network: nn.Module, q: nn.Module, share: float) -> None:
+def polyak_update(target_network: nn.Module, q: nn.Module, polyak: float) -> None:
     for slow, fast in zip(target_network.parameters(), q.parameters()):
-        slow.lerp_(fast, share)
+        slow.lerp_(fast, polyak)
 
 
 # ---- when to inject
@@ -289,7 +283,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
     waited = not injected_at or step - injected_at[-1] >= 0.05 * args.total_steps
     if smoothed is None or not waited or len(injected_at) == args.injections:
         return False
-    return metrics.DIRECTION_OF_LOSS[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
+    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
 
 
 # ---- replay and data
@@ -371,9 +365,8 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read as an .npz file of arrays ({type(error).__name__})") from error
     missing = [name for name in FIELDS if name not in data]
     refuse(missing, f"{path} lacks {', '.join(missing)}; it must hold {', '.join(FIELDS)}")
-    rows = data["obs"].shape[:1]
     for name, (dtype, shape) in FIELDS.items():
-        array, needed = data[name], (*rows, *shape)
+        array, needed = data[name], (*data["obs"].shape[:1], *shape)
         right = array.dtype == dtype and array.shape == needed and array.size
         must = f"it must be {dtype} of shape (transitions{', 2' if shape else ''})"
         refuse(not right, f"{path}: {name} is {array.dtype} of shape {array.shape}; {must}")
@@ -527,11 +520,9 @@ def save_picture(path: Path, args: Args, data: dict[str, np.ndarray], v: nn.Modu
     env = Pointmass(args.env)
     centres = (np.stack(np.indices(env.walls.shape), -1).reshape(-1, 2) + 0.5) / env.size
     obs = torch.as_tensor(centres, dtype=torch.float32, device=args.device)
-    value = v(obs).cpu().numpy().reshape(env.walls.shape)
-    arrays = {"maze": env.walls, "start": env.start, "goal": env.goal, "coverage": coverage(args, data)}
-    arrays |= {"value": np.where(env.walls, np.nan, value)}
-    arrays |= {"trajectories": evaluate(actor, args, args.total_steps, episodes=10)[1]}
-    save_arrays(path, arrays)
+    value = np.where(env.walls, np.nan, v(obs).cpu().numpy().reshape(env.walls.shape))
+    arrays = {"maze": env.walls, "start": env.start, "goal": env.goal, "coverage": coverage(args, data), "value": value}
+    save_arrays(path, arrays | {"trajectories": evaluate(actor, args, args.total_steps, episodes=10)[1]})
 
 
 def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
@@ -540,8 +531,8 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     obs = replay.sample(512, rng, args.device).obs
     row = metrics.measure(network, obs)
     if step % (args.eval_every * args.plasticity_every) == 0:
-        learning = args.learning_rate, 1e-8, args.batch_size
-        scores = metrics.plasticity(network, obs, *learning, args.plasticity_updates, seed=int(rng.integers(2**31)))
+        adam, seed = {"lr": args.learning_rate, "eps": 1e-8}, int(rng.integers(2**31))
+        scores = metrics.plasticity(network, obs, adam, args.batch_size, args.plasticity_updates, seed)
         row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
     return row
 

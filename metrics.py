@@ -29,9 +29,9 @@ from tqdm import tqdm
 
 # ---- what is measured
 # The metrics' columns in the log, and where each goes when plasticity is lost: up (1) or down (-1)
-DIRECTION_OF_LOSS = {"erank": -1, "feature_erank": -1, "weight_magnitude": 1, "updated_units": -1, "dormant_units": 1,
+DIRECTION_WHEN_LOST = {"erank": -1, "feature_erank": -1, "weight_magnitude": 1, "updated_units": -1, "dormant_units": 1,
                      "plasticity": -1}  # fmt: skip
-METRICS = tuple(DIRECTION_OF_LOSS)
+METRICS = tuple(DIRECTION_WHEN_LOST)
 ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh)
 
 
@@ -79,7 +79,7 @@ def updated_units(network: nn.Module) -> float:
     To be called after a backward pass, which leaves the gradients of the latest training batch, L2 term included.
     Raises ValueError without gradients, FloatingPointError where one is NaN or infinite.
     """
-    largest = []  # gradient of each unit
+    largest = []  # |gradient| of each unit
     for layer in weighted_layers(network)[:-1]:
         gradients = [p.grad.reshape(len(p), -1) for p in layer.parameters() if p.grad is not None]
         if not gradients:
@@ -103,7 +103,7 @@ def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold:
 
 @torch.no_grad()
 def measure(network: nn.Sequential, obs: torch.Tensor) -> dict[str, float]:
-    """All metrics of a network but `plasticity`, which costs more, and the norm of its gradient.
+    """All metrics of a network except `plasticity`, which costs more; and the norm of its gradient.
 
     Those of activations are for `obs` (some hundred, for they bound the effective rank of the features), those of
     gradients for the latest training batch, and absent before the first. Raises FloatingPointError for NaN or infinity.
@@ -121,33 +121,27 @@ def measure(network: nn.Sequential, obs: torch.Tensor) -> dict[str, float]:
 
 
 def plasticity(
-    network: nn.Module,
-    obs: torch.Tensor,
-    learning_rate: float,
-    adam_eps: float,
-    batch_size: int,
-    updates: int,
-    seed: int,
+    network: nn.Sequential, obs: torch.Tensor, adam: dict[str, float], batch_size: int, updates: int, seed: int
 ) -> tuple[float, float]:
     """Percentage of a change of its function that the network learns, and that a freshly initialised twin of it learns.
 
     A copy of each is trained for `updates` batches, by Adam with a fresh state, towards what it says on `obs` now plus
     what another fresh network says, standardised to mean 0 and variance 1 per output. The score is 100 (1 - mean
-    squared error) then, at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin tells how hard it was.
+    squared error) after that, at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin tells how hard it was.
     """
     scores = []
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        same, twin, other = (copy.deepcopy(network) for _ in range(3))
-        for layer in (*twin, *other):
+        same, twin, source = (copy.deepcopy(network) for _ in range(3))
+        for layer in (*twin, *source):
             getattr(layer, "reset_parameters", lambda: None)()  # activations have none
         batches = torch.randint(len(obs), (updates, batch_size), device=obs.device)
     with torch.no_grad():
-        change = other(obs)
+        change = source(obs)
         change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
     for learner in (same, twin):
         target = learner(obs).detach() + change
-        optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
+        optimizer = torch.optim.Adam(learner.parameters(), **adam, fused=True)
         for batch in batches:
             optimizer.zero_grad()
             nn.functional.mse_loss(learner(obs[batch]), target[batch]).backward()
@@ -217,8 +211,8 @@ class Run:
     """A run's folder with config.json, log.csv and checkpoint.pt, and how far the run has come.
 
     Training is a sequence of intervals, each from a fresh environment and random stream to a checkpoint: it can go on
-    exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo). `state` is what the last one
-    holds by name, {} in a new run. Raises UserError where the folder holds another run, is in use, or damaged.
+    exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo). `state` is what the last
+    checkpoint holds by name, {} in a new run. Raises UserError where the folder holds another run, is in use, or damaged.
     """
 
     def __init__(self, folder: Path, settings: dict, steps: int, eval_every: int, columns: Iterable[str]):
@@ -261,7 +255,10 @@ class Run:
     def intervals(self) -> Iterator[tuple[int, Iterator[int]]]:
         """The intervals that are left, under a progress bar: the steps done before, and the steps of each."""
         with tqdm(total=self.steps, initial=self.step, unit="step", disable=None) as self.bar:
-            self.previous = self.latest = (self.step, time.perf_counter())  # rows of the log: their steps and times
+            self.previous_row = self.latest_row = (
+                self.step,
+                time.perf_counter(),
+            )  # rows of the log: their steps and times
             for start in range(self.step, self.steps, self.eval_every):
                 self.end = min(start + self.eval_every, self.steps)
                 yield start, self._steps(start)
@@ -280,12 +277,14 @@ class Run:
         row = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
             raise FloatingPointError(f"training has diverged: {row}")
-        if row["step"] != self.latest[0]:
-            self.previous = self.latest
-        self.latest = row["step"], time.perf_counter()
-        steps, seconds = (after - before for after, before in zip(self.latest, self.previous))
+        if row["step"] != self.latest_row[0]:
+            self.previous_row = self.latest_row
+        self.latest_row = row["step"], time.perf_counter()
+        steps, seconds = (after - before for after, before in zip(self.latest_row, self.previous_row))
         self.csv.write(row | {"steps_per_second": steps / seconds})
-        self.bar.set_postfix({name: value for name, value in self.csv.row.items() if "return" in name and value})
+        self.bar.set_postfix(
+            {name: value for name, value in self.csv.row.items() if "return" in name and value is not None}
+        )
 
     def save(self, step: int, **parts) -> None:
         """Save the parts by name: what has a state_dict by that, the rest as it is."""

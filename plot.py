@@ -21,7 +21,7 @@ import pandas as pd
 import scipy.stats
 import seaborn as sns
 
-from metrics import DIRECTION_OF_LOSS
+from metrics import DIRECTION_WHEN_LOST
 
 # What is drawn, where the logs hold it
 COLUMNS = {"score": "correct actions in a task (%)", "eval_return": "evaluation return (sum of rewards)"}
@@ -235,7 +235,7 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
     aims = {"plasticity": rows.plasticity}
     if "score" in rows:
         aims["next task's score"] = rows.groupby("run").score.shift(-1)
-    for metric, direction in DIRECTION_OF_LOSS.items():
+    for metric, direction in DIRECTION_WHEN_LOST.items():
         row = {"metric": metric, "expected sign": "-" if direction > 0 else "+"}
         for aim, values in aims.items():
             pairs = pd.DataFrame({"x": rows[metric], "y": values}).dropna()
@@ -248,7 +248,7 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
 
 def draw_correlations(log: pd.DataFrame) -> plt.Figure:
     """A panel per metric: its value and the plasticity, for each row in which both were measured."""
-    metrics = [metric for metric in DIRECTION_OF_LOSS if metric != "plasticity"]
+    metrics = [metric for metric in DIRECTION_WHEN_LOST if metric != "plasticity"]
     points = log.dropna(subset="plasticity").melt(["label", "plasticity"], metrics, "metric")
     colours = {label: style["color"] for label, style in line_styles(log.label.unique()).items()}
     look = {"s": 9, "alpha": 0.5, "linewidth": 0, "height": 2.6, "facet_kws": {"sharex": False}}

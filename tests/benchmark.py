@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dqn_plasticity as dqn
 
-ROUNDS, STEPS = 5, 500  # STEPS to fill the replay and as many with learning, greedy but for 1 %
+ROUNDS, STEPS = 5, dqn.metrics.LOG_EVERY  # STEPS to fill the replay and as many with learning, greedy but for 1 %
 SETTINGS = {"learning_starts": STEPS, "total_steps": 2 * STEPS + 1, "start_e": 0.01, "buffer_size": 20_000}
 SETTINGS |= {"target_network_frequency": STEPS + 1}  # copied once, just after the injections
 NAMES = {"decorate_context": "epsilon_greedy", "step": "envs.step", "wrapper": "optimizer.step", "inner": "zero_grad"}
@@ -66,7 +66,9 @@ def stable_baselines3():
 def update_gflop(injected_at: list[int]) -> float:
     """GFLOP of an update, from the first target copy after the injections on."""
     args, envs = dqn.Args(device="cpu"), dqn.make_env("MsPacman")
-    q, target_network, _ = dqn.networks(envs, args, injected_at)
+    q, target_network = (dqn.fresh_network(envs, args, 0) for _ in range(2))
+    for step in injected_at:
+        q, target_network = dqn.inject(q, target_network, dqn.fresh_network(envs, args, step))
     dqn.copy_to_target(q, target_network)
     obs, zeros = torch.rand(args.batch_size, 4, 84, 84), torch.zeros(args.batch_size)
     with FlopCounterMode(display=False) as counter:
@@ -85,7 +87,6 @@ def gflop_per_second() -> float:
 
 
 def main() -> None:
-    dqn.LOG_EVERY = STEPS
     variants = {"standard": ours, "after one injection": functools.partial(ours, STEPS)}
     variants["after two injections"] = functools.partial(ours, STEPS - 1, STEPS)
     if their_run := stable_baselines3():

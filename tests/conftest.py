@@ -2,6 +2,7 @@
 
 import csv
 import os
+import re
 import signal
 import sys
 from pathlib import Path
@@ -38,6 +39,16 @@ def call(script, *flags):
 def rows(folder):
     """The log's, without their speed."""
     with open(folder / "log.csv") as file:
-        return [
-            {name: value for name, value in row.items() if name != "steps_per_second"} for row in csv.DictReader(file)
-        ]
+        return [dict(list(row.items())[:-1]) for row in csv.DictReader(file)]
+
+
+def check_defaults(script, table, column, flags, capsys):
+    """`table` names every setting and its defaults; of several, the one in this column is that for these flags."""
+    expected = {name: values[column % len(values)] for name, *values in map(str.split, table.split(","))}
+    expected["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    assert {name: str(value) for name, value in vars(script.Args(env=expected["env"])).items()} == expected
+    assert call(script, *flags.split(), "--help") == 0
+    shown = " ".join(capsys.readouterr().out.replace("│", "").split())
+    for name, value in expected.items():
+        flag, default = f"--{name.replace('_', '-')}", re.escape(value.strip("()"))
+        assert re.search(rf"{flag} (?:(?!\(default).)*\(default: {default}\)", shown), flag

@@ -16,27 +16,21 @@ from torch import nn
 import metrics
 
 
-def matrix_with(singular_values, rows, columns, seed=0):
+def matrix_with(singular_values, rows, columns):
     """A float64 matrix with these singular values and random singular vectors."""
-    rng = np.random.default_rng(seed)
-    k = len(singular_values)
-    left, _ = np.linalg.qr(rng.normal(size=(rows, k)))
-    right, _ = np.linalg.qr(rng.normal(size=(columns, k)))
+    rng, k = np.random.default_rng(0), len(singular_values)
+    left, right = (np.linalg.qr(rng.normal(size=(n, k)))[0] for n in (rows, columns))
     return torch.tensor(left * singular_values @ right.T)
 
 
 def entropy_rank(singular_values):
     p = np.array(singular_values, dtype=np.longdouble) / np.sum(singular_values, dtype=np.longdouble)
-    p = p[p > 0]
     return float(np.exp(-np.sum(p * np.log(p))))
 
 
-@pytest.mark.parametrize("n", [1, 2, 7, 64])
-def test_effective_rank_of_the_identity_is_its_size(n):
-    assert metrics.effective_rank(torch.eye(n)) == pytest.approx(n, rel=1e-9)
-
-
 def test_effective_rank_closed_forms():
+    for n in (1, 2, 7, 64):
+        assert metrics.effective_rank(torch.eye(n)) == pytest.approx(n, rel=1e-9)
     assert metrics.effective_rank(torch.outer(torch.arange(1.0, 6), torch.arange(2.0, 9))) == pytest.approx(1, abs=1e-4)
     assert metrics.effective_rank(torch.zeros(3, 5)) == 0
     # p = (3/4, 1/4): entropy 2 log 2 - 3/4 log 3
@@ -46,10 +40,11 @@ def test_effective_rank_closed_forms():
     assert metrics.effective_rank(orthogonal.T) == pytest.approx(10, rel=1e-9)
 
 
-def test_effective_rank_reads_a_convolution_as_out_by_everything_else():
+@pytest.mark.parametrize("scale", [1e-30, 1, 1e30])
+def test_effective_rank_reads_a_convolution_as_out_by_everything_else_at_any_scale(scale):
     weight = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     expected = entropy_rank(np.linalg.svd(weight.reshape(8, 36).double().numpy(), compute_uv=False))
-    assert metrics.effective_rank(weight) == pytest.approx(expected, rel=1e-6)
+    assert metrics.effective_rank(weight * scale) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("condition", [1e1, 1e4, 1e6, 1e7])
@@ -59,24 +54,15 @@ def test_effective_rank_from_the_gram_matrix_is_precise_on_ill_conditioned_matri
     assert rank == pytest.approx(entropy_rank(singular_values), rel=1e-6)
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e30])
-def test_effective_rank_does_not_depend_on_the_scale(scale):
-    matrix = torch.randn(6, 9, generator=torch.Generator().manual_seed(1))
-    assert metrics.effective_rank(matrix * scale) == pytest.approx(metrics.effective_rank(matrix), rel=1e-5)
-
-
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_number_that_is_not_finite_is_an_error(bad):
     matrix, network = torch.eye(3), nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 1))
-    matrix[1, 2] = bad
     network(torch.ones(1, 3)).sum().backward()
-    network[0].weight.grad[1, 2] = network[0].weight.data[1, 2] = bad
-    for measure in (metrics.effective_rank, metrics.dormant_units):
+    matrix[1, 2] = network[0].weight.grad[1, 2] = network[0].weight.data[1, 2] = bad
+    cases = {metrics.effective_rank: matrix, metrics.dormant_units: matrix}
+    for metric, of in (cases | {metrics.updated_units: network, metrics.weight_magnitude: network}).items():
         with pytest.raises(FloatingPointError, match="NaN or infinite"):
-            measure(matrix)
-    for measure in (metrics.updated_units, metrics.weight_magnitude):
-        with pytest.raises(FloatingPointError, match="NaN or infinite"):
-            measure(network)
+            metric(of)
 
 
 def test_weight_magnitude_counts_the_weights_of_all_layers_alike_and_nothing_else():
@@ -88,23 +74,17 @@ def test_weight_magnitude_counts_the_weights_of_all_layers_alike_and_nothing_els
     assert metrics.weight_magnitude(network) == pytest.approx((1 + 1 + 2 + 2 + 3 + 3) / 6)
 
 
-def relu_network_with_one_dead_unit_of_four():
+def test_updated_units_counts_hidden_units_with_a_gradient():
     network = nn.Sequential(nn.Linear(2, 4), nn.ReLU(), nn.Linear(4, 3))
     nn.init.constant_(network[0].weight, 1.0)
-    network[0].bias.data = torch.tensor([0.0, 1.0, 2.0, -100.0])
-    return network
-
-
-def test_updated_units_counts_hidden_units_with_a_gradient():
-    network = relu_network_with_one_dead_unit_of_four()
+    network[0].bias.data = torch.tensor([0.0, 1.0, 2.0, -100.0])  # one unit of four is dead
     with pytest.raises(ValueError, match="backward"):
         metrics.updated_units(network)
     network(torch.ones(5, 2)).square().mean().backward()
     assert metrics.updated_units(network) == 75.0
     network[0].bias.grad[3] = 1e-30  # the bias alone is enough
     assert metrics.updated_units(network) == 100.0
-    network[2].weight.grad.zero_()  # the output layer does not count
-    network[2].bias.grad.zero_()
+    network[2].zero_grad()  # the output layer does not count
     assert metrics.updated_units(network) == 100.0
 
 
@@ -122,23 +102,20 @@ def test_dormant_units_closed_form():
 def test_measure_gives_every_metric_and_leaves_the_network_and_the_random_streams_alone():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(2, 8), nn.Tanh(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
-    obs, probe = torch.randn(16, 2), (1e-3, 1e-8, 4, 5)
+    obs, learning = torch.randn(16, 2), (1e-3, 1e-8, 4, 5)
     assert sorted(metrics.measure(network, obs)) == ["dormant_units", "erank", "feature_erank", "weight_magnitude"]
     network(obs).square().mean().backward()
 
     def state():
-        parameters = [*network.parameters(), *(p.grad for p in network.parameters()), torch.get_rng_state()]
-        return [tensor.detach().clone() for tensor in parameters] + [torch.from_numpy(np.random.get_state()[1].copy())]
+        tensors = [*network.parameters(), *(p.grad for p in network.parameters()), torch.get_rng_state()]
+        return [tensor.tolist() for tensor in tensors], np.random.get_state()[1].tolist()
 
     before = state()
-    row, scores = metrics.measure(network, obs), metrics.plasticity(network, obs, *probe, seed=0)
-    assert all(map(torch.equal, before, state()))
+    row = metrics.measure(network, obs)
+    first, again, other = (metrics.plasticity(network, obs, *learning, seed=seed) for seed in (0, 0, 1))
+    assert state() == before and first == again != other
     assert set(row) | {"plasticity"} == {*metrics.METRICS, "grad_norm"}
-    assert (
-        scores == metrics.plasticity(network, obs, *probe, seed=0) != metrics.plasticity(network, obs, *probe, seed=1)
-    )
-    with torch.no_grad():
-        assert row["feature_erank"] == pytest.approx(metrics.effective_rank(network[:4](obs)))
+    assert row["feature_erank"] == pytest.approx(metrics.effective_rank(network[:4](obs)))
     eranks = [metrics.effective_rank(network[i].weight) for i in (0, 2, 4)]
     assert row["erank"] == pytest.approx(sum(eranks) / 3)
     assert row["grad_norm"] ** 2 == pytest.approx(sum(p.grad.square().sum().item() for p in network.parameters()))
@@ -146,37 +123,32 @@ def test_measure_gives_every_metric_and_leaves_the_network_and_the_random_stream
 
 def test_plasticity_is_the_share_of_a_change_that_is_learned():
     torch.manual_seed(0)
-    obs, settings = torch.randn(64, 4), {"learning_rate": 0.01, "adam_eps": 1e-8, "batch_size": 32, "seed": 0}
+    obs, learning = torch.randn(64, 4), {"learning_rate": 0.01, "adam_eps": 1e-8, "batch_size": 32, "seed": 0}
     live, dead = (nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3)) for _ in range(2))
     dead[0].bias.data.fill_(-100.0)
-    assert metrics.plasticity(live, obs, updates=0, **settings) == pytest.approx((0, 0), abs=1e-3)  # of a variance of 1
-    some, more = (metrics.plasticity(live, obs, updates=updates, **settings) for updates in (30, 300))
-    assert 20 < some[0] < 90 and 90 < more[0] < 100 and more[1] == pytest.approx(more[0], abs=5)
-    scores = metrics.plasticity(dead, obs, updates=300, **settings)
-    assert scores[0] < 2 and scores[1] > 90  # the output's bias alone learns nothing, for the change has mean 0
-    linear = metrics.plasticity(nn.Linear(4, 3), obs, updates=2_000, **settings)
+    none, some, more = (metrics.plasticity(live, obs, updates=updates, **learning) for updates in (0, 10, 300))
+    assert none == pytest.approx((0, 0), abs=1e-3)  # the change has variance 1
+    assert 40 < some[0] < 80 and 95 < more[0] < 100 and more[1] == pytest.approx(more[0], abs=5)
+    lost, twin = metrics.plasticity(dead, obs, updates=300, **learning)
+    assert lost < 2 and twin > 95  # the bias of the output alone learns nothing, for the change has mean 0
+    linear = metrics.plasticity(nn.Sequential(nn.Linear(4, 3)), obs, updates=2_000, **learning)
     assert linear == pytest.approx((100, 100), abs=0.1)  # the change is a linear function, too
-    assert not torch.equal(metrics.fresh_copy(live)[0].weight, live[0].weight)
 
 
 # ---- the record of a run
-
-
 def test_log_is_flushed_leaves_gaps_empty_merges_a_step_and_continues_at_an_offset(tmp_path):
     path, columns = tmp_path / "log.csv", ["step", "loss", "erank"]
     log = metrics.CSVLog(path, columns)
     log.write({"step": 1, "erank": 2.0})
     assert path.read_text() == "step,loss,erank\n1,,2\n"  # readable while the run goes on
-    log.write({"step": 1, "loss": 0.25})
-    log.write({"step": 2, "loss": 1})
-    log.write({"step": 2, "loss": 0.125, "erank": None})
+    for row in ({"step": 1, "loss": 0.25}, {"step": 2, "loss": 1}, {"step": 2, "loss": 0.125, "erank": None}):
+        log.write(row)
     assert path.read_text() == "step,loss,erank\n1,0.25,2\n2,0.125,\n"
     offset = log.sync()
     log.write({"step": 3, "loss": 1 / 3})
     log.file.write("4,0.")  # a row cut short by a kill
     log.file.close()
-    log = metrics.CSVLog(path, columns, offset)
-    log.write({"step": 3, "loss": 1 / 3, "erank": None})
+    metrics.CSVLog(path, columns, offset).write({"step": 3, "loss": 1 / 3})
     assert path.read_text() == "step,loss,erank\n1,0.25,2\n2,0.125,\n3,0.333333,\n"
     with pytest.raises(OSError, match="lost rows"):
         metrics.CSVLog(path, columns, path.stat().st_size + 1)
@@ -191,16 +163,15 @@ def open_run(folder, **settings):
 
 def test_a_run_goes_in_intervals_and_on_from_its_last_checkpoint(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(metrics, "LOG_EVERY", 2)
-    part, run, folder = nn.Linear(1, 1), open_run(tmp_path / "runs" / "a"), tmp_path / "runs" / "a"
-    weight = part.weight.item()
+    part, folder = nn.Linear(1, 1), tmp_path / "runs" / "a"
+    run, weight = open_run(folder), part.weight.item()
     run.load(part=part)
-    assert part.weight.item() == weight and run.state == {} and run.step == 0  # a new run has nothing to load
+    assert (part.weight.item(), run.state, run.step) == (weight, {}, 0)  # a new run has nothing to load
     for start, steps in run.intervals():
         assert [step for step in steps if run.row_due(step)] == {0: [2, 3], 3: [4, 6], 6: [7]}[start]
         run.log({"step": min(start + 3, 7), "loss": start})
         if start < 6:  # killed before the last checkpoint
             run.save(start + 3, part=part, note=[start])
-    del run
     part.weight.data.zero_()
     run = open_run(folder)
     run.load(part=part)
@@ -209,7 +180,6 @@ def test_a_run_goes_in_intervals_and_on_from_its_last_checkpoint(tmp_path, monke
     assert [(start, list(steps)) for start, steps in run.intervals()] == [(6, [7])]
     run.log({"step": 7, "loss": 6})
     run.save(7)
-    del run
     assert capsys.readouterr().out == ""
     assert open_run(folder).finished and "finished" in capsys.readouterr().out
     assert [row["step"] for row in rows(folder)] == ["3", "6", "7"]
@@ -223,7 +193,7 @@ def test_a_row_has_its_speed_takes_tensors_and_refuses_what_is_not_finite(tmp_pa
     run.log({"step": 2, "loss": torch.tensor(0.5), "eval_return": None})
     run.log({"step": 2, "eval_return": 9})
     for bad in (math.nan, math.inf, torch.tensor(math.nan)):
-        with pytest.raises(FloatingPointError, match="NaN"):
+        with pytest.raises(FloatingPointError):
             run.log({"step": 3, "loss": bad})
     run.log({"step": 4})
     assert (tmp_path / "log.csv").read_text().splitlines()[1:] == ["2,0.5,9,0.25", "4,,,0.5"]
@@ -256,19 +226,9 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, tmp_path):
         start = int(damage * len(whole))
         broken = whole[:start] + bytes(byte ^ 0xFF for byte in whole[start : start + 64]) + whole[start + 64 :]
     checkpoint.write_bytes(broken)
-    with pytest.raises(metrics.UserError, match="checkpoint.pt cannot be read .*; delete it to start this run over"):
+    with pytest.raises(metrics.UserError, match=r"checkpoint.pt cannot be read .*; delete it to start this run over"):
         open_run(tmp_path)
     assert checkpoint.read_bytes() == broken and (tmp_path / "log.csv").read_bytes() == log
-
-
-def test_numbers_must_be_finite_and_within_their_bounds():
-    metrics.check_bounds({"gamma": 1.0, "beta": 0, "env": "a", "at": None, "flag": True}, {"gamma": (0, 1)})
-    for value, shown in ((1.5, "1.5 must lie in 0..1"), (-0.1, "-0.1 must"), (math.nan, "nan must")):
-        with pytest.raises(metrics.UserError, match=f"^--gamma-2 {shown}"):
-            metrics.check_bounds({"gamma_2": value}, {"gamma_2": (0, 1)})
-    for value in (-1, math.inf, math.nan):  # without bounds of its own
-        with pytest.raises(metrics.UserError, match=f"--beta {value} must lie in 0..inf"):
-            metrics.check_bounds({"beta": value}, {})
 
 
 @dataclasses.dataclass
@@ -277,17 +237,12 @@ class Flags:
     fast: bool = False
 
 
-@pytest.mark.parametrize(
-    ("outcome", "code", "message"),
-    [
-        (metrics.UserError("--x is wrong"), 2, "error: --x is wrong\n"),
-        (FloatingPointError("NaN in a"), 1, "error: training has diverged: NaN in a. What was saved before is kept.\n"),
-        (OSError("disk full"), 1, "error: disk full. When that is mended, the same command goes on from"),
-        (KeyboardInterrupt(), 130, "Stopped: the same command goes on from the last checkpoint"),
-        (signal.SIGTERM, 130, "Stopped: the same command goes on from the last checkpoint"),
-        (None, 0, ""),
-    ],
-)
+ENDS = [(metrics.UserError("--x is wrong"), 2, "error: --x is wrong\n"), (FloatingPointError("NaN"), 1, "error: ")]
+ENDS += [(OSError("disk full"), 1, "error: disk full. When that is mended, the same command goes on"), (None, 0, "")]
+ENDS += [(stop, 130, "Stopped: the same command goes on") for stop in (KeyboardInterrupt(), signal.SIGTERM)]
+
+
+@pytest.mark.parametrize(("outcome", "code", "message"), ENDS)
 def test_a_command_ends_with_one_line_and_its_exit_code(outcome, code, message, capsys):
     def train(flags):
         assert flags == Flags(5, True)

@@ -215,7 +215,7 @@ def test_reference_levels(tmp_path, env, returns, levels):
 def test_a_variant_has_the_same_colour_in_every_figure():
     some, all_of_them = plot.line_styles(["layer-norm"]), plot.line_styles([*plot.COLOURS][:-1])
     assert some["layer-norm"] == all_of_them["layer-norm"]
-    assert len({style["color"] for style in all_of_them.values()}) == len(all_of_them) == 9
+    assert len({style["color"] for style in all_of_them.values()}) == len(all_of_them) == 10
     sweep = plot.line_styles(
         ["l2-constant", "l2-constant, l2_lambda=0.1", "layer-norm", "layer-norm+injection-2", "new"]
     )
@@ -233,7 +233,7 @@ def test_the_legend_is_outside_of_all_panels_however_long_and_many_the_labels(tm
     figure = draw(read(tmp_path), columns)
     figure.canvas.draw()
     box = figure.legends[0].get_window_extent()
-    assert len(legend(figure)) == 10 and "\n" in " ".join(legend(figure))
+    assert len(legend(figure)) == 11 and "\n" in " ".join(legend(figure))
     assert not any(box.overlaps(ax.get_tightbbox()) for ax in figure.axes)
     assert box.width < 400  # of 100 pixels per inch
 
@@ -366,3 +366,59 @@ def test_the_picture_is_made_where_the_run_folder_has_one_and_stray_files_stop_n
     (tmp_path / "sweep.txt").touch()
     code, _, notes = command(*tmp_path.glob("*"))  # as a shell expands runs/*
     assert code == 0 and f"left out {damaged}/picture.npz: " in notes and "sweep.txt: [Errno" in notes
+
+
+# ---- which metric tells of plasticity
+
+
+def write_probed_run(root, name, erank, plasticity, score=None):
+    """A run with both measured in every second row; updated units are always 100."""
+    folder = write_run(root, name, [0] * 2 * len(plasticity))
+    rows = [",".join([*DQN, "plasticity", "plasticity_fresh"])]
+    for i, value in enumerate(plasticity):
+        rows.append(f"{1_500 * i + 1_000},,,0,{erank[i]},100,,")
+        rows.append(f"{1_500 * i + 1_500},{15 * score[i] if score else ''},,0,{erank[i]},100,{value},{value + 1}")
+    (folder / "log.csv").write_text("\n".join([*rows, ""]))
+    return folder
+
+
+def test_rank_correlations_over_all_rows_and_within_runs(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": 1, "updated_units": -1, "plasticity": -1})
+    write_probed_run(tmp_path, "Task__standard__seed1", [1, 2, 4], [10, 20, 30])  # within the run 1
+    write_probed_run(tmp_path, "Task__standard__seed2", [5, 9, 7], [1, 2, 3])  # within the run 1/2
+    write_probed_run(tmp_path, "Task__standard__seed3", [3, 3, 3], [4, 5, 6])  # constant: no part of the median
+    by_hand = np.corrcoef([1, 2, 6, 7, 9, 8, 4, 4, 4], [7, 8, 9, 1, 2, 3, 4, 5, 6])[0, 1]  # of the ranks
+    assert plot.correlations(read(tmp_path)).to_dict("records") == [
+        {"metric": "erank", "expected sign": "-", "plasticity": f"{by_hand:.2f}", "plasticity, within runs": "0.75"},
+        {"metric": "updated_units", "expected sign": "+", "plasticity": "constant", "plasticity, within runs": "constant"},
+    ]  # fmt: skip
+
+
+def test_in_digits_the_metrics_and_the_probe_are_held_against_the_task_that_follows(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": -1, "plasticity": -1})
+    scores = [
+        50,
+        10,
+        20,
+        30,
+    ]  # after the first three tasks, erank has the order of the next score, plasticity its reverse
+    write_probed_run(tmp_path, "Digits__standard__seed1", [1, 2, 3, 0], [9, 8, 7, 6], scores)
+    erank, probe = plot.correlations(read(tmp_path)).to_dict("records")
+    assert erank["next task's score"] == erank["next task's score, within runs"] == "1.00"
+    assert probe["next task's score"] == "-1.00" and probe["plasticity"] == probe["plasticity, within runs"] == "itself"
+
+
+def test_plasticity_has_its_fresh_twin_beside_it_a_scatter_and_a_table(tmp_path, command, monkeypatch):
+    for name, column in (("standard", [1, 2, 3]), ("layer-norm", [3, 5, 4])):
+        write_probed_run(tmp_path, f"Task__{name}__seed1", column, [10, 20, 30])
+    (ax,) = draw(read(tmp_path), ["plasticity"], smooth=0).axes
+    twins = [line for line in ax.lines if line.get_linestyle() == "--"]
+    assert [line.get_color() for line in twins] == [line.get_color() for line in ax.lines if line not in twins]
+    assert len(twins) == 2 and all(line.get_ydata().tolist() == [11, 21, 31] for line in twins)
+    monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": -1, "updated_units": -1, "plasticity": -1})
+    erank, updated_units = plot.draw_correlations(read(tmp_path).assign(dormant_units=0)).axes
+    np.testing.assert_allclose(sorted(erank.collections[0].get_offsets().tolist()),
+                               sorted(zip([1, 2, 3, 3, 5, 4], [10, 20, 30] * 2)))  # fmt: skip
+    code, tables, _ = command(tmp_path, "--table", columns=("plasticity", "erank", "updated_units"))
+    assert code == 0 and Path("figures/Task_correlations.png").stat().st_size > 10_000
+    assert "| erank | + | 0.49 | 0.75 |" in tables  # 8 / sqrt(17 * 16); the median of 1 and 1/2
