@@ -64,9 +64,7 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = by_task(
-        4, 1, 1
-    )  # intervals (of eval_every steps) between measurements of metrics.plasticity
+    plasticity_every: int = by_task(4, 1, 1)  # intervals (of eval_every steps) between measurements of plasticity
     plasticity_updates: int = by_task(400, 75, 100)  # updates that it takes
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
     # ---- Double DQN with Adam

@@ -62,7 +62,7 @@ class Args:
     offline_steps: int = 100_000  # updates on the collected data alone
     online_steps: int = 100_000  # then environment steps, with an update after each
     eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = 1  # intervals (of eval_every steps) between measurements of metrics.plasticity
+    plasticity_every: int = 1  # intervals (of eval_every steps) between measurements of plasticity
     plasticity_updates: int = 100  # updates that it takes
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
     # ---- Implicit Q-learning with Adam

@@ -32,7 +32,6 @@ from tqdm import tqdm
 DIRECTION_WHEN_LOST = {"erank": -1, "feature_erank": -1, "weight_magnitude": 1, "updated_units": -1, "dormant_units": 1,
                      "plasticity": -1}  # fmt: skip
 METRICS = tuple(DIRECTION_WHEN_LOST)
-ACTIVATIONS = (nn.ReLU, nn.LeakyReLU, nn.Tanh)
 
 
 def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
@@ -110,7 +109,7 @@ def measure(network: nn.Sequential, obs: torch.Tensor) -> dict[str, float]:
     """
     eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
     outputs = list(itertools.accumulate(network, lambda x, layer: layer(x), initial=obs))[1:]
-    activations = [output for layer, output in zip(network, outputs) if isinstance(layer, ACTIVATIONS)]
+    activations = [x for layer, x in zip(network, outputs) if isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.Tanh)]
     metrics = {"erank": sum(eranks) / len(eranks), "weight_magnitude": weight_magnitude(network)}
     metrics["feature_erank"] = effective_rank(activations[-1])  # (batch, width), what enters the last Linear
     metrics["dormant_units"] = dormant_units(activations)
@@ -146,8 +145,7 @@ def plasticity(
             optimizer.zero_grad()
             nn.functional.mse_loss(learner(obs[batch]), target[batch]).backward()
             optimizer.step()
-        with torch.no_grad():
-            scores.append(max(0.0, 100 * (1 - nn.functional.mse_loss(learner(obs), target).item())))
+        scores.append(max(0.0, 100 * (1 - nn.functional.mse_loss(learner(obs), target).item())))
     return tuple(scores)
 
 

@@ -27,8 +27,7 @@ from metrics import DIRECTION_WHEN_LOST
 COLUMNS = {"score": "correct actions in a task (%)", "eval_return": "evaluation return (sum of rewards)"}
 COLUMNS |= {"train_return": "training return (sum of rewards)", "erank": "average effective rank"}
 COLUMNS |= {"feature_erank": "effective rank of the features", "weight_magnitude": "weight magnitude (mean |w|)"}
-COLUMNS |= {"updated_units": "updated units (%)", "dormant_units": "dormant units (%)"}
-COLUMNS |= {"plasticity": "plasticity (% of a change learned)"}
+COLUMNS |= {"updated_units": "updated units (%)", "dormant_units": "dormant units (%)", "plasticity": "plasticity (%)"}
 # The colour of all variants that begin like this, in every figure; in the order of the legends; "": all others.
 blue, orange, green, red, purple, brown, pink, grey, yellow, sky = sns.color_palette("colorblind")
 COLOURS = {"standard": "black", "injection-1": blue, "injection-2": orange, "injection-3-plasticity": yellow}
@@ -226,10 +225,9 @@ def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
 
 
 def correlations(log: pd.DataFrame) -> pd.DataFrame:
-    """Which metric tells? Spearman's rank correlation with plasticity: over all rows of all runs, and within runs.
+    """Spearman's rank correlations of the metrics with plasticity, in Digits also with the score of the task that follows.
 
-    The latter is the median over the runs in which the metric varies. In Digits also with the score of the task that
-    follows. The expected sign is that of a metric which tells of lost plasticity.
+    Over all rows of all runs, and the median of those within a run. The expected sign is that of a metric which tells.
     """
     rows, table = log.dropna(subset="plasticity"), []
     aims = {"plasticity": rows.plasticity}

@@ -22,8 +22,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import dqn_plasticity as dqn
+import metrics
 
-ROUNDS, STEPS = 5, dqn.metrics.LOG_EVERY  # STEPS to fill the replay and as many with learning, greedy but for 1 %
+ROUNDS, STEPS = 5, metrics.LOG_EVERY  # STEPS to fill the replay and as many with learning, greedy but for 1 %
 SETTINGS = {"learning_starts": STEPS, "total_steps": 2 * STEPS + 1, "start_e": 0.01, "buffer_size": 20_000}
 SETTINGS |= {"target_network_frequency": STEPS + 1}  # copied once, just after the injections
 NAMES = {"decorate_context": "epsilon_greedy", "step": "envs.step", "wrapper": "optimizer.step", "inner": "zero_grad"}
@@ -34,13 +35,11 @@ def ours(*injection_steps: int, call: Callable = lambda function, args: function
     """Steps per second while learning, as logged just before the last step and its evaluation."""
     args = dqn.Args(injection_steps=injection_steps, eval_episodes=1, **SETTINGS)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
-        run = call(dqn.train, args)
-        with open(run / "log.csv") as log:
-            speeds = {int(row["step"]): float(row["steps_per_second"]) for row in csv.DictReader(log)}
-    return speeds[2 * STEPS]
+        with open(call(dqn.train, args) / "log.csv") as log:
+            return {int(row["step"]): float(row["steps_per_second"]) for row in csv.DictReader(log)}[2 * STEPS]
 
 
-def stable_baselines3():
+def stable_baselines3() -> Callable | None:
     """A function that trains stable-baselines3's DQN for STEPS more and returns steps per second; None without it."""
     try:
         from stable_baselines3 import DQN
@@ -63,12 +62,12 @@ def stable_baselines3():
     return run
 
 
-def update_gflop(injected_at: list[int]) -> float:
+def update_gflop(injections: int) -> float:
     """GFLOP of an update, from the first target copy after the injections on."""
     args, envs = dqn.Args(device="cpu"), dqn.make_env("MsPacman")
-    q, target_network = (dqn.fresh_network(envs, args, 0) for _ in range(2))
-    for step in injected_at:
-        q, target_network = dqn.inject(q, target_network, dqn.fresh_network(envs, args, step))
+    q, target_network, *fresh = (dqn.fresh_network(envs, args, step) for step in range(2 + injections))
+    for network in fresh:
+        q, target_network = dqn.inject(q, target_network, network)
     dqn.copy_to_target(q, target_network)
     obs, zeros = torch.rand(args.batch_size, 4, 84, 84), torch.zeros(args.batch_size)
     with FlopCounterMode(display=False) as counter:
@@ -112,9 +111,8 @@ def main() -> None:
 
     rate = gflop_per_second()
     print(f"\nA matrix product runs at {rate:.0f} GFLOP/s. GFLOP of an update, and milliseconds at that rate:")
-    for injected_at in ([], [1], [1, 2]):
-        gflop = update_gflop(injected_at)
-        print(f"after {len(injected_at)} injections: {gflop:.2f}, {1e3 * gflop / rate:.1f}")
+    for injections in range(3):
+        print(f"after {injections} injections: {(gflop := update_gflop(injections)):.2f}, {1e3 * gflop / rate:.1f}")
 
 
 if __name__ == "__main__":

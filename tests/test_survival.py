@@ -125,16 +125,19 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_log(env, undist
     args, moments = settings(env), random.Random(0)
     injection, interval, last = args.injection_steps[0], args.eval_every, args.total_steps
     next_checkpoint = -(-injection // interval) * interval
-    half = kill_with_half_a_file_written
-    deaths = [(moments.randint(1, interval), kill), (interval, half), (injection + 1, kill), (next_checkpoint, half)]
-    deaths += [(moments.randint(next_checkpoint + 1, last), kill)]
-    deaths = [("injection_due", *death) for death in deaths]  # which is called at the beginning of every step
+    deaths = [
+        ("injection_due", moments.randint(1, interval), kill),  # called at the beginning of every step
+        ("injection_due", interval, kill_with_half_a_file_written),
+        ("injection_due", injection + 1, kill),
+        ("injection_due", next_checkpoint, kill_with_half_a_file_written),
+        ("fresh_start", next_checkpoint, kill),  # just after the checkpoint
+        ("injection_due", moments.randint(next_checkpoint + 1, last), kill),
+        ("evaluate", last, kill),
+    ]
     if env in ("Digits", "MsPacman"):  # slow, so only those that go on from before and from after the injection
-        deaths = deaths[3:]
-    else:
-        deaths += [("fresh_start", interval, kill), ("evaluate", last, kill)]  # just after and before a checkpoint
+        deaths = deaths[3::2]
     if env == "PointmassHard":
-        deaths.insert(0, ("collect", None, half))
+        deaths.insert(0, ("collect", None, kill_with_half_a_file_written))
     for death in deaths:
         assert exit_code(run_in, tmp_path, env, *death) == -signal.SIGKILL, death
     assert exit_code(run_in, tmp_path, env) == 0
@@ -173,6 +176,10 @@ def test_a_full_disk_ends_the_run_with_one_line_and_nothing_is_lost(fault, undis
     assert rows(folder(env))[: len(before[1])] == before[1] == whole[: len(before[1])]
     with contextlib.suppress(OSError):
         (folder(env) / "checkpoint.tmp").rmdir()
+    if fault == "replay":  # and without it a run does not go on as if nothing were missing
+        replay = (folder(env) / "replay").rename("elsewhere")
+        assert run(env) == 1 and re.fullmatch(r"error: .*replay.*\n", capfd.readouterr().err)
+        replay.rename(folder(env) / "replay")
     assert run(env) == 0 and rows(folder(env)) == whole
 
 
