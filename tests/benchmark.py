@@ -35,8 +35,8 @@ def ours(*injection_steps: int, call: Callable = lambda function, args: function
     """Steps per second while learning, as logged just before the last step and its evaluation."""
     args = dqn.Args(injection_steps=injection_steps, eval_episodes=1, **SETTINGS)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), contextlib.redirect_stderr(io.StringIO()):
-        with open(call(dqn.train, args) / "log.csv") as log:
-            return {int(row["step"]): float(row["steps_per_second"]) for row in csv.DictReader(log)}[2 * STEPS]
+        log = (call(dqn.train, args) / "log.csv").read_text().splitlines()
+    return {int(row["step"]): float(row["steps_per_second"]) for row in csv.DictReader(log)}[2 * STEPS]
 
 
 def stable_baselines3() -> Callable | None:

@@ -191,6 +191,9 @@ def test_trigger_fires_when_the_moving_average_crosses(metric):
 def test_a_triggered_injection_shows_in_the_log():
     log = rows(cartpole(injections=1, injection_trigger="weight_magnitude", injection_threshold=1e-3))
     assert [row["injections"] for row in log] == ["0", "1", "1"]
+    probed = {"injection_trigger": "plasticity", "injection_threshold": 101, "plasticity_every": 2}  # after 2,000 steps
+    log = rows(cartpole(injections=1, **probed))
+    assert [(row["plasticity"] != "", row["injections"]) for row in log] == [(False, "0"), (True, "0"), (False, "1")]
 
 
 # ---- replay

@@ -132,6 +132,25 @@ def test_plasticity_is_the_share_of_a_change_that_is_learned():
     assert linear == pytest.approx((100, 100), abs=0.1)  # the change is a linear function, too
 
 
+def test_plasticity_after_one_step_of_adam_in_closed_form():
+    """On x = -1, 1 the change is x or -x. Adam's first step is the learning rate: in the weight towards the change, in
+    the bias away from it, for a batch of odd size has no mean of 0. What is left is (1 - 0.1)^2 + 0.1^2."""
+    network, obs = nn.Sequential(nn.Linear(1, 1)), torch.tensor([[-1.0], [1.0]])
+    for seed in range(5):
+        scores = metrics.plasticity(network, obs, {"lr": 0.1, "eps": 1e-12}, 33, 1, seed)
+        assert scores == pytest.approx((18, 18), abs=1e-3)
+
+
+def test_the_twin_is_fresh_whatever_the_network_has_become():
+    torch.manual_seed(0)
+    network, obs = nn.Sequential(nn.Linear(4, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 3)), torch.randn(200, 4)
+    score, twin = metrics.plasticity(network, obs, {"lr": 0.01}, 32, 20, 0)
+    for parameter in network.parameters():
+        parameter.data.mul_(3.0)
+    other_score, same_twin = metrics.plasticity(network, obs, {"lr": 0.01}, 32, 20, 0)
+    assert same_twin == twin and other_score != score
+
+
 # ---- the record of a run
 def test_log_is_flushed_leaves_gaps_empty_merges_a_step_and_continues_at_an_offset(tmp_path):
     path, columns = tmp_path / "log.csv", ["step", "loss", "erank"]

@@ -239,6 +239,20 @@ def test_a_run_stopped_in_a_notebook_goes_on_in_the_same_process(env, undisturbe
     assert rows(folder(env)) == undisturbed(env)
 
 
+def test_a_replay_that_was_deleted_meanwhile_is_missed(capsys):
+    with at(
+        "CartPole-v1",
+        "injection_due",
+        RUNS["CartPole-v1"]["eval_every"] + 1,
+        lambda: os.kill(os.getpid(), signal.SIGINT),
+    ):
+        assert run("CartPole-v1") == 130
+    (folder("CartPole-v1") / "replay").unlink()
+    capsys.readouterr()
+    assert run("CartPole-v1") == 1
+    assert re.fullmatch(r"error: .*No such file.*replay.*\n", capsys.readouterr().err)
+
+
 def test_importing_the_scripts_changes_nothing():
     code = """if True:
         import os, random, signal, numpy, torch
