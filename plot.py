@@ -282,15 +282,14 @@ def main() -> None:
         figures["overview"] = draw_figure(log, columns, args.smooth, args.estimator)
         if pictures := read_pictures(log):
             figures["picture"] = draw_picture(pictures)
-        if "plasticity" in log:
-            figures["correlations"] = draw_correlations(log)
-        for name, figure in figures.items():
-            figure.savefig(args.out / f"{env}_{name}.{args.format}", dpi=150, bbox_inches="tight")
-        plt.close("all")
         if log.final.any():
             tables[env] = table(log, args.estimator)
         if "plasticity" in log:
+            figures["correlations"] = draw_correlations(log)
             tables[f"{env}: which metric tells of plasticity?"] = correlations(log)
+        for name, figure in figures.items():
+            figure.savefig(args.out / f"{env}_{name}.{args.format}", dpi=150, bbox_inches="tight")
+        plt.close("all")
     for title, rows in tables.items():
         if args.table:
             lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]

@@ -42,6 +42,17 @@ def rows(folder):
         return [dict(list(row.items())[:-1]) for row in csv.DictReader(file)]
 
 
+def mistakes(table):
+    return [pair.strip().split(" => ") for pair in table.split(";")]
+
+
+def check_mistake(script, mistake, message, capsys):
+    """One line, or tyro's box, exit code 2, and nothing is written."""
+    assert call(script, *mistake.split()) == 2 and not os.listdir()
+    error = capsys.readouterr().err
+    assert message in error and (re.fullmatch("error: .*\n", error) or f"run {script.__file__} --help" in error)
+
+
 def check_defaults(script, table, column, flags, capsys):
     """`table` names every setting and its defaults; of several, the one in this column is that for these flags."""
     expected = {name: values[column % len(values)] for name, *values in map(str.split, table.split(","))}

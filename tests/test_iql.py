@@ -1,7 +1,6 @@
 """The maze against its facts, IQL against what can be solved by hand, injection to the last bit, and whole runs."""
 
 import ast
-import hashlib
 import math
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from conftest import call, check_defaults, rows
+from conftest import check_defaults, check_mistake, mistakes, rows
 from gymnasium.utils.env_checker import check_env
 from torch import nn
 
@@ -242,17 +241,6 @@ def test_injections_spread_over_the_online_phase():
         assert iql.Args(offline_steps=100, online_steps=100, injections=count).injection_steps == steps
 
 
-def test_the_checkpoint_keeps_its_names_and_shapes_as_long_as_the_version():
-    folder, saved = iql.train(small_args(injections=1, layer_norm=True)), []
-    for name, part in torch.load(folder / "checkpoint.pt").items():
-        shapes = part if isinstance(part, dict) and "optimizer" not in name else {}
-        saved += [name, *((key, tuple(value.shape)) for key, value in shapes.items())]
-    digest = hashlib.sha256(repr(saved).encode()).hexdigest()[:8]
-    assert (iql.VERSION, digest) == (2, "42ae3e04"), (
-        "raise VERSION, for a run that was saved before cannot go on; then pin it"
-    )
-
-
 # ---- the data
 SPOILS = {
     "lacks next_obs": lambda data: data.pop("next_obs"),
@@ -337,16 +325,12 @@ def test_a_triggered_injection():
 MISTAKES = """--expectile 1.5 => --expectile 1.5 must lie in 0..1; --batch-size 0 => --batch-size 0 must lie in 1..inf;
 --injections 1 --injection-steps 300000 => must lie in 1..200000; --offline-steps 0 --online-steps 0 => not both be 0;
 --dataset nowhere.npz => nowhere.npz cannot be read; --beta -1 => --beta -1.0 must lie in 0..inf;
---env Pointmass => PointmassHard"""  # the last one has tyro's own box
-MISTAKES = dict(mistake.strip().split(" => ") for mistake in MISTAKES.split(";"))
+--env Pointmass => PointmassHard"""
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_ends_with_one_line_and_writes_nothing(mistake, capsys, tmp_path):
-    assert call(iql, *mistake.split()) == 2
-    shown = capsys.readouterr().err
-    assert MISTAKES[mistake] in shown and not list(tmp_path.iterdir())
-    assert "--env" in mistake or (shown.count("\n") == 1 and shown.startswith("error: "))
+@pytest.mark.parametrize(("mistake", "message"), mistakes(MISTAKES))
+def test_a_mistake_ends_with_one_message_and_exit_code_2_before_anything_is_written(mistake, message, capsys):
+    check_mistake(iql, mistake, message, capsys)
 
 
 DEFAULTS = """env PointmassHard, seed 1, dataset None, collect_steps 10000, offline_steps 100000, online_steps 100000,

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import functools
+import hashlib
 import multiprocessing
 import os
 import random
@@ -31,45 +32,43 @@ resource = pytest.importorskip("resource", reason="not on Windows")
 SHARED = {"device": "cpu", "l2": "incremental", "plasticity_updates": 2, "eval_every": 30, "eval_episodes": 2}
 DQN = SHARED | {"total_steps": 1_200, "eval_every": 300, "learning_starts": 100, "injection_steps": (701,)}
 DQN |= {"batch_size": 16, "buffer_size": 1_500, "train_frequency": 4}
-DIGITS = {"total_steps": 4_500, "eval_every": 1_500, "injection_steps": (2_001,), "train_frequency": 16}
+DIGITS = {
+    "layer_norm": True,
+    "total_steps": 4_500,
+    "eval_every": 1_500,
+    "injection_steps": (2_001,),
+    "train_frequency": 16,
+}
 ATARI = {"total_steps": 180, "eval_every": 60, "learning_starts": 30, "injection_steps": (71,), "train_frequency": 8}
 ATARI |= {"eval_episodes": 1, "plasticity_every": 2}
 ATARI |= {"target_network_frequency": 40}  # copies before and after the target shares what is frozen
-IQL = {"collect_steps": 120, "offline_steps": 60, "online_steps": 60, "injection_steps": (62,)}
+IQL = {"layer_norm": True, "collect_steps": 120, "offline_steps": 60, "online_steps": 60, "injection_steps": (62,)}
 RUNS = {"CartPole-v1": DQN, "Digits": DQN | DIGITS, "MsPacman": DQN | ATARI, "PointmassHard": SHARED | IQL}
+SCRIPTS = dict.fromkeys(RUNS, dqn) | {"PointmassHard": iql}
+ARGS = {env: SCRIPTS[env].Args(env=env, **settings) for env, settings in RUNS.items()}
+FOLDERS = {env: SCRIPTS[env].run_folder(args) for env, args in ARGS.items()}
 SHORT = pytest.mark.parametrize("env", ["CartPole-v1", "PointmassHard"])
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["dqn_plasticity", "iql_pointmass_finetune", "torch._dynamo", "sklearn.datasets"])
-
-
-def script(env):
-    return iql if env == "PointmassHard" else dqn
-
-
-def settings(env):
-    return script(env).Args(env=env, **RUNS[env])
-
-
-def folder(env):
-    return script(env).run_folder(settings(env))
 
 
 def run(env, *more_flags):
     """The exit code of the command."""
     flags = ["--env", env, *more_flags]
     for name, value in RUNS[env].items():
-        flags += [f"--{name.replace('_', '-')}", *(value if isinstance(value, tuple) else [value])]
+        values = {bool: (), tuple: value}.get(type(value), (value,))
+        flags += [f"--{name.replace('_', '-')}", *values]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(metrics, "LOG_EVERY", RUNS[env]["eval_every"] // 2)
+        patch.setattr(metrics, "LOG_EVERY", ARGS[env].eval_every // 2)
         short_episodes = functools.partial(AtariVectorEnv, max_num_frames_per_episode=240)
         patch.setattr(dqn, "AtariVectorEnv", short_episodes)  # for evaluations of a second
-        return call(script(env), *flags)
+        return call(SCRIPTS[env], *flags)
 
 
 @contextlib.contextmanager
 def at(env, function, step, action):
     """Something happens when this function is called, for this step (None: for any)."""
-    owner = script(env) if hasattr(script(env), function) else metrics
+    owner = SCRIPTS[env] if hasattr(SCRIPTS[env], function) else metrics
     original = getattr(owner, function)
 
     def disturbed(*arguments):
@@ -84,16 +83,16 @@ def at(env, function, step, action):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The log of a run to which nothing happens."""
+    """The folder of a run to which nothing happens."""
 
     @functools.cache
-    def log_of(env):
+    def folder_of(env):
         with pytest.MonkeyPatch.context() as patch:
             patch.chdir(tmp_path_factory.mktemp("undisturbed"))
             assert run(env) == 0
-            return rows(folder(env))
+            return FOLDERS[env].resolve()
 
-    return log_of
+    return folder_of
 
 
 # ---- kill -9
@@ -122,7 +121,7 @@ def exit_code(target, *arguments):
 
 @pytest.mark.parametrize("env", RUNS)
 def test_a_run_that_is_killed_again_and_again_ends_with_the_same_log(env, undisturbed, tmp_path):
-    args, moments = settings(env), random.Random(0)
+    args, moments = ARGS[env], random.Random(0)
     injection, interval, last = args.injection_steps[0], args.eval_every, args.total_steps
     next_checkpoint = -(-injection // interval) * interval
     deaths = [
@@ -141,9 +140,23 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_log(env, undist
     for death in deaths:
         assert exit_code(run_in, tmp_path, env, *death) == -signal.SIGKILL, death
     assert exit_code(run_in, tmp_path, env) == 0
-    assert rows(folder(env)) == undisturbed(env) and len(undisturbed(env)) >= 6
+    assert rows(FOLDERS[env]) == rows(undisturbed(env)) and len(rows(FOLDERS[env])) >= 6
     kept = {"config.json", "log.csv", "checkpoint.pt", ".lock", "picture.npz"}
-    assert {path.name for path in folder(env).iterdir()} <= kept  # no replay, nothing half-written
+    assert {path.name for path in FOLDERS[env].iterdir()} <= kept  # no replay, nothing half-written
+
+
+DIGESTS = {"CartPole-v1": "?", "Digits": "?", "MsPacman": "?", "PointmassHard": "?"}
+
+
+@pytest.mark.parametrize("env", RUNS)
+def test_a_checkpoint_keeps_its_names_and_shapes_as_long_as_the_version(env, undisturbed):
+    saved = []
+    for name, part in torch.load(undisturbed(env) / "checkpoint.pt").items():
+        inside = part.items() if isinstance(part, dict) and "optimizer" not in name else ()
+        saved += [name, *((key, *getattr(value, "shape", ())) for key, value in inside)]
+    digest = hashlib.sha256(repr(saved).encode()).hexdigest()[:8]
+    now = SCRIPTS[env].VERSION, digest
+    assert now == (2 if env == "PointmassHard" else 3, DIGESTS[env]), "raise VERSION, then pin it and this here"
 
 
 # ---- faults in flight, after two checkpoints
@@ -153,34 +166,34 @@ FAULTS = {"log": "too large", "checkpoint": "too large", "fsync": "space", "tmp"
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_full_disk_ends_the_run_with_one_line_and_nothing_is_lost(fault, undisturbed, monkeypatch, capfd):
     env = "CartPole-v1" if fault == "replay" else "PointmassHard"  # which keeps its replay in memory
-    whole, (soft, hard), before = undisturbed(env), resource.getrlimit(resource.RLIMIT_FSIZE), []
+    whole, (soft, hard), before = rows(undisturbed(env)), resource.getrlimit(resource.RLIMIT_FSIZE), []
     capfd.readouterr()
 
     def break_the_disk():
         """It is full from now on. A limit on the size of files breaks off a write in its middle, like a full disk."""
-        before.extend([(folder(env) / "checkpoint.pt").read_bytes(), rows(folder(env))])
-        largest = {"log": (folder(env) / "log.csv").stat().st_size + 20, "checkpoint": 5_000, "replay": 15_000}
+        before.extend([(FOLDERS[env] / "checkpoint.pt").read_bytes(), rows(FOLDERS[env])])
+        largest = {"log": (FOLDERS[env] / "log.csv").stat().st_size + 20, "checkpoint": 5_000, "replay": 15_000}
         if fault in largest:
             resource.setrlimit(resource.RLIMIT_FSIZE, (largest[fault], hard))
         elif fault == "fsync":
             patch.setattr(os, "fsync", mock.Mock(side_effect=OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))))
         else:
-            (folder(env) / "checkpoint.tmp").mkdir()  # binds root, too, unlike a read-only folder
+            (FOLDERS[env] / "checkpoint.tmp").mkdir()  # binds root, too, unlike a read-only folder
 
-    with monkeypatch.context() as patch, at(env, "injection_due", 2 * RUNS[env]["eval_every"] + 1, break_the_disk):
+    with monkeypatch.context() as patch, at(env, "injection_due", 2 * ARGS[env].eval_every + 1, break_the_disk):
         code = run(env)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1
     assert re.fullmatch(rf"error: .*{FAULTS[fault]}.* the same command goes on .*\n", capfd.readouterr().err)
-    assert (folder(env) / "checkpoint.pt").read_bytes() == before[0]
-    assert rows(folder(env))[: len(before[1])] == before[1] == whole[: len(before[1])]
+    assert (FOLDERS[env] / "checkpoint.pt").read_bytes() == before[0]
+    assert rows(FOLDERS[env])[: len(before[1])] == before[1] == whole[: len(before[1])]
     with contextlib.suppress(OSError):
-        (folder(env) / "checkpoint.tmp").rmdir()
-    if fault == "replay":  # and without it a run does not go on as if nothing were missing
-        replay = (folder(env) / "replay").rename("elsewhere")
-        assert run(env) == 1 and re.fullmatch(r"error: .*replay.*\n", capfd.readouterr().err)
-        replay.rename(folder(env) / "replay")
-    assert run(env) == 0 and rows(folder(env)) == whole
+        (FOLDERS[env] / "checkpoint.tmp").rmdir()
+    if fault == "replay":  # without which a run does not go on as if nothing were missing
+        replay = (FOLDERS[env] / "replay").rename("elsewhere")
+        assert run(env) == 1 and re.fullmatch(r"error: .*No such file.*replay.*\n", capfd.readouterr().err)
+        replay.rename(FOLDERS[env] / "replay")
+    assert run(env) == 0 and rows(FOLDERS[env]) == whole
 
 
 def test_a_folder_that_cannot_be_made_is_one_line(capsys, tmp_path):
@@ -218,39 +231,25 @@ STOPS = ["CartPole-v1 check", "CartPole-v1 replace_file", "CartPole-v1 evaluate"
 @pytest.mark.parametrize("moment", [*STOPS, "PointmassHard collect", "PointmassHard evaluate"])
 def test_a_stopped_run_says_how_to_go_on(moment, undisturbed, capsys):
     env, when = moment.split()
-    whole, step = undisturbed(env), RUNS[env]["eval_every"] if when == "evaluate" else None
+    whole, step = rows(undisturbed(env)), ARGS[env].eval_every if when == "evaluate" else None
     number = signal.SIGINT if when == "evaluate" else signal.SIGTERM
     capsys.readouterr()
     with at(env, when, step, lambda: os.kill(os.getpid(), number)):
         assert run(env) == 130
     assert re.fullmatch("Stopped: the same command goes on .*\n", capsys.readouterr().err)
-    assert run(env) == 0 and rows(folder(env)) == whole
+    assert run(env) == 0 and rows(FOLDERS[env]) == whole
 
 
 @SHORT
 def test_a_run_stopped_in_a_notebook_goes_on_in_the_same_process(env, undisturbed, monkeypatch):
-    monkeypatch.setattr(metrics, "LOG_EVERY", RUNS[env]["eval_every"] // 2)
+    monkeypatch.setattr(metrics, "LOG_EVERY", ARGS[env].eval_every // 2)
 
-    interrupt, step = mock.Mock(side_effect=KeyboardInterrupt), RUNS[env]["eval_every"] + 5
+    interrupt, step = mock.Mock(side_effect=KeyboardInterrupt), ARGS[env].eval_every + 5
     with at(env, "injection_due", step, interrupt), pytest.raises(KeyboardInterrupt) as stop:
-        script(env).train(settings(env))
+        SCRIPTS[env].train(ARGS[env])
     assert stop.traceback  # which keeps all that train() held, its lock, too
-    assert script(env).train(settings(env)) == folder(env)
-    assert rows(folder(env)) == undisturbed(env)
-
-
-def test_a_replay_that_was_deleted_meanwhile_is_missed(capsys):
-    with at(
-        "CartPole-v1",
-        "injection_due",
-        RUNS["CartPole-v1"]["eval_every"] + 1,
-        lambda: os.kill(os.getpid(), signal.SIGINT),
-    ):
-        assert run("CartPole-v1") == 130
-    (folder("CartPole-v1") / "replay").unlink()
-    capsys.readouterr()
-    assert run("CartPole-v1") == 1
-    assert re.fullmatch(r"error: .*No such file.*replay.*\n", capsys.readouterr().err)
+    assert SCRIPTS[env].train(ARGS[env]) == FOLDERS[env]
+    assert rows(FOLDERS[env]) == rows(undisturbed(env))
 
 
 def test_importing_the_scripts_changes_nothing():
@@ -271,16 +270,16 @@ def test_importing_the_scripts_changes_nothing():
 @SHORT
 def test_a_finished_run_says_so_and_other_settings_and_another_version_are_refused(env, capsys, monkeypatch):
     assert run(env) == 0
-    before = {path: path.read_bytes() for path in folder(env).iterdir()}
+    before = {path: path.read_bytes() for path in FOLDERS[env].iterdir()}
     if env == "CartPole-v1":  # as if killed just before it removed the replay
-        (folder(env) / "replay").touch()
+        (FOLDERS[env] / "replay").touch()
     capsys.readouterr()
     assert run(env) == 0 and "finished" in capsys.readouterr().out
     assert run(env, "--gamma", 0.5) == 2
     assert re.fullmatch(r"error: .* settings: gamma 0\.9\d? \(now 0\.5\); .*\n", capsys.readouterr().err)
-    monkeypatch.setattr(script(env), "VERSION", script(env).VERSION + 1)
+    monkeypatch.setattr(SCRIPTS[env], "VERSION", SCRIPTS[env].VERSION + 1)
     assert run(env) == 2 and re.fullmatch(r"error: .*: version \d \(now \d\); .*\n", capsys.readouterr().err)
-    assert {path: path.read_bytes() for path in folder(env).iterdir()} == before
+    assert {path: path.read_bytes() for path in FOLDERS[env].iterdir()} == before
 
 
 def test_too_little_disk_is_refused_with_the_buffer_size_that_fits(monkeypatch, capsys, tmp_path):
