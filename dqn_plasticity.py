@@ -21,7 +21,6 @@ A run is the folder runs/<env>__<variant>__seed<k>. The same command given again
 
 import collections
 import copy
-import difflib
 import os
 import re
 import shutil
@@ -541,9 +540,7 @@ def check(args: Args) -> None:
     try:
         envs = make_env(args.env)
     except Exception as error:  # whatever a third-party environment raises
-        close = difflib.get_close_matches(args.env, {spec.name for spec in gym.registry.values()}, cutoff=0.5)
-        hint = f"perhaps {' or '.join(close) or 'MsPacman, LunarLander or Digits'}?"
-        raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())} ({hint})") from error
+        raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
     actions, obs = envs.single_action_space, envs.single_observation_space
     counted = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
     refuse(not counted, f"--env {args.env} has actions {actions}, not Discrete ones from 0 on")
