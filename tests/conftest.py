@@ -6,6 +6,7 @@ import re
 import signal
 import sys
 from pathlib import Path
+from unittest import mock
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -48,9 +49,10 @@ def mistakes(table):
 
 def check_mistake(script, mistake, message, capsys):
     """One line, or tyro's box, exit code 2, and nothing is written."""
-    assert call(script, *mistake.split()) == 2 and not os.listdir()
+    with mock.patch("metrics.Run", side_effect=AssertionError("the run was started")):
+        assert call(script, *mistake.split()) == 2 and not os.listdir()
     error = capsys.readouterr().err
-    assert message in error and (re.fullmatch("error: .*\n", error) or f"run {script.__file__} --help" in error)
+    assert message in error and (re.fullmatch("error: .*\n", error) or "--help" in error)
 
 
 def check_defaults(script, table, column, flags, capsys):

@@ -105,6 +105,7 @@ def test_after_an_injection_exactly_f1_trains_in_a_real_run(monkeypatch):
         assert torch.equal(tensor, then[0][name]) != name.startswith("f1."), name
     assert all(torch.equal(tensor, then[1][name]) for name, tensor in now["target_network"].items())
     moments = [state["exp_avg"].shape for state in now["optimizer"]["state"].values()]
+    assert len(now["optimizer"]["param_groups"][0]["params"]) == len(moments)
     assert moments == [tensor.shape for name, tensor in now["q"].items() if name.startswith("f1.")]
 
 
@@ -260,20 +261,19 @@ def test_a_seed_decides_everything_and_measuring_changes_nothing(monkeypatch):
     log, weights = run("first")
     assert run("second") == (log, weights)
     assert run("other seed", seed=2)[0] != log
-    monkeypatch.setattr(metrics, "measure", lambda *_: {})
-    monkeypatch.setattr(metrics, "plasticity", lambda *_, **__: (0.0, 0.0))
+    monkeypatch.setattr(dqn, "measurements", lambda *_: {})
     unmeasured = run("not measured")
     assert unmeasured[0] != log and unmeasured[1] == weights
 
 
-def test_the_gradient_norm_of_the_log_is_that_before_clipping():
-    def norms(**settings):
-        folder = cartpole(total_steps=1_000, eval_every=500, **settings).rename(f"clipped at {settings}")
-        return [row["grad_norm"] for row in rows(folder)]
+def test_gradients_are_clipped_and_the_norm_of_the_log_is_that_before():
+    def figures(**settings):
+        log = rows(cartpole(total_steps=1_000, eval_every=500, **settings).rename(f"clipped at {settings}"))
+        return [(row["grad_norm"], row["loss"]) for row in log]
 
-    unclipped = norms()
-    assert float(unclipped[0]) > 0 and unclipped == norms(max_grad_norm=1e9)
-    assert float(norms(max_grad_norm=1e-3)[0]) > 2e-3
+    unclipped, clipped = figures(), figures(max_grad_norm=1e-3)
+    assert unclipped == figures(max_grad_norm=1e9) and float(unclipped[0][0]) > 0
+    assert float(clipped[0][0]) > 2e-3 and clipped[1][1] != unclipped[1][1]
 
 
 def test_activations_are_measured_on_512_observations_of_the_replay_and_plasticity_every_few_intervals(monkeypatch):
@@ -385,7 +385,7 @@ MISTAKES = """--env MsPackman => MsPacman; --env Pendulum => Discrete; --env Fro
 --env Digits --adam-eps inf => --adam-eps; --env Digits --batch-size 2000 => --buffer-size;
 --env Digits --buffer-size 1 --batch-size 1 => --buffer-size; --env CartPole-v1 --learning-starts 300000 => --total-steps;
 --env Digits --eval-every 1000 => 1500; --env Digits --learning-starts 1500 => 1500;
---env Digits --l2 sometimes => incremental; --total-steps many => --total-steps; --no-such-flag => --no-such-flag;
+--env Digits --l2 sometimes => incremental; --total-steps many => --total-steps; --no-such-flag => --no-such-flag; --no-layer-norm => --no-layer-norm;
 --env Digits --device tpu => cuda"""
 MISTAKES += "; --env Digits --device cuda => cpu or auto" * NO_GPU
 
