@@ -56,11 +56,12 @@ def test_gymnasium_accepts_the_task_and_its_picture_shows_walls_goal_and_point(t
         env = gym.make(f"{task}-v0", render_mode="rgb_array")
         check_env(env.unwrapped)
     env.reset(seed=0)
+    env.unwrapped.y += 1
     picture, maze = env.render(), env.unwrapped
     walls = maze.walls.repeat(16, 0).repeat(16, 1)  # axis 0 downwards
     grey, white = ((picture == shade).all(2) for shade in (60, 255))
     assert walls[grey].all() and not walls[white].any() and (grey | white).mean() > 0.8
-    seen = [picture[int(16 * x), int(16 * y)].tolist() for x, y in (maze.goal, maze.start)]
+    seen = [picture[int(16 * x), int(16 * y)].tolist() for x, y in (maze.goal, (maze.x, maze.y))]
     assert seen == [[90, 190, 90], [220, 50, 50]]
 
 

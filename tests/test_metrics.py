@@ -1,16 +1,13 @@
-"""Closed forms of every metric, and the record of a run: intervals, log, checkpoint, refusals, exit codes."""
+"""Closed forms of every metric, and the record of a run: intervals, log, checkpoint, refusals."""
 
-import dataclasses
 import math
-import os
-import signal
 from types import SimpleNamespace
 
 import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import call, rows
+from conftest import rows
 from torch import nn
 
 import metrics
@@ -43,8 +40,8 @@ def test_effective_rank_closed_forms():
 def test_effective_rank_reads_a_convolution_as_out_by_everything_else_at_any_scale_and_condition():
     weight = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
     expected = entropy_rank(np.linalg.svd(weight.reshape(8, 36).double().numpy(), compute_uv=False))
-    for scale in (1e-30, 1, 1e30):
-        assert metrics.effective_rank(weight * scale) == pytest.approx(expected, rel=1e-5)
+    for scale in (1e-200, 1, 1e200):
+        assert metrics.effective_rank(weight.double() * scale) == pytest.approx(expected, rel=1e-5)
     for condition in (1e1, 1e4, 1e6, 1e7):  # of which the Gram matrix has the square
         singular_values = np.geomspace(1, 1 / condition, 60)
         rank = metrics.effective_rank(matrix_with(singular_values, 60, 200))
@@ -244,33 +241,3 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, tmp_path):
     with pytest.raises(metrics.UserError, match=r"checkpoint.pt cannot be read .*; delete it to start this run over"):
         open_run(tmp_path)
     assert checkpoint.read_bytes() == broken and (tmp_path / "log.csv").read_bytes() == log
-
-
-@dataclasses.dataclass
-class Flags:
-    steps: int = 3
-    fast: bool = False
-
-
-ENDS = [(metrics.UserError("--x is wrong"), 2, "error: --x is wrong\n"), (FloatingPointError("NaN"), 1, "error: ")]
-ENDS += [(OSError("disk full"), 1, "error: disk full. When that is mended, the same command goes on"), (None, 0, "")]
-ENDS += [(stop, 130, "Stopped: the same command goes on") for stop in (KeyboardInterrupt(), signal.SIGTERM)]
-
-
-@pytest.mark.parametrize(("outcome", "code", "message"), ENDS)
-def test_a_command_ends_with_one_line_and_its_exit_code(outcome, code, message, capsys):
-    def train(flags):
-        assert flags == Flags(5, True)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        if outcome:
-            os.kill(os.getpid(), outcome)
-        return "runs/a"
-
-    script = SimpleNamespace(__file__="script.py", main=lambda: metrics.command(train, Flags()))
-    assert call(script, "--steps", 5, "--fast") == code
-    out, err = capsys.readouterr()
-    assert err.startswith(message) and err.count("\n") == (code != 0)
-    assert out == ("" if code else "Done: runs/a/log.csv. Draw it with: python plot.py runs/a\n")
-    assert call(script, "--no-such-flag") == 2 and "--no-such-flag" in capsys.readouterr().err
-    assert call(script, "--help") == 0 and "--no-fast" not in capsys.readouterr().out
