@@ -154,10 +154,7 @@ LOG_EVERY = 1_000  # steps between rows of the log (paper section 2)
 
 
 class CSVLog:
-    """A CSV file with fixed columns, flushed at every row; a column that a row lacks stays empty.
-
-    `offset` continues a file from that byte on: what a killed run wrote behind its last checkpoint is cut off.
-    """
+    """A CSV file of fixed columns, flushed at every row. What a killed run wrote behind the byte `offset` is cut off."""
 
     def __init__(self, path: str | Path, columns: Iterable[str], offset: int = 0):
         self.file = open(path, "r+" if offset else "w", buffering=1, newline="")  # noqa: SIM115 - open for the run
