@@ -25,6 +25,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Literal
@@ -61,6 +62,7 @@ class Args:
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
+    bf16: bool = False  # update in bfloat16, weights stay float32: faster on Atari if the hardware has it
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
     plasticity_every: int = by_task(4, 1, 1)  # intervals (of eval_every steps) between measurements of plasticity
@@ -245,7 +247,8 @@ def train(args: Args) -> Path:
 
             if replay.added > args.learning_starts and step % args.train_frequency == 0:
                 batch = replay.sample(args.batch_size, rng, args.device)
-                loss, q_mean = td_loss(q, target_network, batch, args.gamma)
+                with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+                    loss, q_mean = td_loss(q, target_network, batch, args.gamma)
                 update = {"loss": loss.detach(), "q_mean": q_mean}
                 if l2_lambda := l2_coefficient(args, step):  # paper 3.2
                     loss = loss + l2_lambda * squared_norm(trained(q))
@@ -273,6 +276,8 @@ def train(args: Args) -> Path:
 
         replay.end_episode()  # the next interval starts another
         run.log({"step": step, "eval_return": evaluate(q, args, step)})
+        if step == args.total_steps and args.env != "Digits":  # before the run counts as finished
+            metrics.save_gif(run.folder / "episode.gif", episode(q, args), envs.metadata.get("render_fps", 15))
         run.save(step, q=q, target_network=target_network, optimizer=optimizer, replay=replay,
                  injected_at=injected_at, smoothed=smoothed)  # fmt: skip
     (run.folder / "replay").unlink()
@@ -329,9 +334,8 @@ class Replay:
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
         frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
         # end: no transition starts here; episode_start: the slot in which its episode started
-        slot = np.dtype(
-            [frame, ("action", "i2"), ("reward", "f4"), ("terminated", "?"), ("end", "?"), ("episode_start", "i8")]
-        )
+        flags = ("terminated", "?"), ("end", "?"), ("episode_start", "i8")
+        slot = np.dtype([frame, ("action", "i2"), ("reward", "f4"), *flags])
         # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; ends of
         # episodes take slots, too: at worst as many as steps, on Atari few.
         slots = args.buffer_size + int(args.eval_every * (17 / 16 if self.stack > 1 else 2)) + 4
@@ -440,7 +444,7 @@ def is_atari(env_id: str) -> bool:
     return f"ALE/{env_id}-v5" in gym.registry
 
 
-def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
+def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
     """`num_envs` copies of a task. Observations: uint8 (num_envs, 4, 84, 84) of Atari, float (num_envs, n) of others.
 
     Atari as in Mnih et al. 2015 (up to 30 no-ops, frame skip 4 with a maximum over 2, no sticky actions, FIRE pressed
@@ -450,7 +454,8 @@ def make_env(env_id: str, num_envs: int = 1) -> gym.vector.VectorEnv:
         rom = gym.registry[f"ALE/{env_id}-v5"].kwargs["game"]  # "ms_pacman" for "MsPacman"
         return AtariVectorEnv(rom, num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
     version = gym.envs.registration.find_highest_version(None, env_id)  # so that "LunarLander" is "LunarLander-v3"
-    return gym.make_vec(env_id if version is None else f"{env_id}-v{version}", num_envs, vectorization_mode="sync")
+    env_id = env_id if version is None else f"{env_id}-v{version}"
+    return gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
 
 
 def seeds(args: Args, step: int) -> list[int]:
@@ -497,8 +502,17 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
         obs, rewards, terminated, truncated, _ = envs.step(epsilon_greedy(q, obs, 0.02, rng))
         returns += rewards * running
         running &= ~(terminated | truncated)
-    envs.close()
     return float(returns.mean())
+
+
+def episode(q: nn.Module, args: Args) -> Iterator[np.ndarray]:
+    """The pictures of an episode as in `evaluate`: what the network sees of Atari, what another task renders."""
+    envs, rng = make_env(args.env, render_mode="rgb_array"), np.random.default_rng((args.seed, args.total_steps, 3))
+    obs, _ = envs.reset(seed=int(rng.integers(2**31)))
+    terminated = truncated = [False]
+    while not (terminated[0] or truncated[0]):
+        yield obs[0, -1].repeat(3, 0).repeat(3, 1) if is_atari(args.env) else envs.render()[0]
+        obs, _, terminated, truncated, _ = envs.step(epsilon_greedy(q, obs, 0.02, rng))
 
 
 def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
@@ -533,6 +547,9 @@ def check(args: Args) -> None:
     """Raise UserError, saying what is wrong and what would be right, before anything is written."""
     metrics.check(asdict(args), BOUNDS)
     check_injections(args)
+    on_gpu, cpu = args.device == "cuda", torch.cpu.get_capabilities()
+    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else any(cpu[name] for name in cpu if "bf16" in name)
+    refuse(args.bf16 and not has_bf16, f"--bf16: this {'GPU' if on_gpu else 'CPU'} has no bfloat16")
     refuse(args.buffer_size < args.batch_size, "--buffer-size must be at least --batch-size")
     refuse(args.learning_starts >= args.total_steps, "--learning-starts must lie below --total-steps")
     wrong = args.env == "Digits" and (args.eval_every != 1_500 or args.learning_starts >= 1_500)
@@ -546,10 +563,8 @@ def check(args: Args) -> None:
     refuse(not counted, f"--env {args.env} has actions {actions}, not Discrete ones from 0 on")
     flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
     refuse(not (flat or is_atari(args.env)), f"--env {args.env} has observations {obs}, not a flat Box of float32")
-    slot_bytes, spare = (
-        int(np.prod(obs.shape[-2:])) * obs.dtype.itemsize + 16,
-        2 * args.eval_every,
-    )  # of a stack, one frame
+    slot_bytes = int(np.prod(obs.shape[-2:])) * obs.dtype.itemsize + 16  # of a stack, one frame
+    spare = 2 * args.eval_every
     needed, free = slot_bytes * min(args.buffer_size + spare, 2 * args.total_steps), shutil.disk_usage(".").free - 10**8
     too_little = needed > free and not (run_folder(args) / "checkpoint.pt").exists()  # a run that goes on has its disk
     sizes = f"the replay needs {needed / 1e6:,.1f} MB of disk, {max(0, free) / 1e6:,.1f} MB are free for it"

@@ -29,6 +29,7 @@ import io
 import itertools
 import math
 import sys
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -251,7 +252,7 @@ def train(args: Args) -> Path:
 
         run.log({"step": step, "eval_return": evaluate(actor, args, step, args.eval_episodes)[0]})
         if step == args.total_steps:  # before the run counts as finished
-            save_picture(run.folder / "picture.npz", args, data, v, actor)
+            save_pictures(run.folder, args, data, v, actor)
         run.save(step, q=q, target_network=target_network, q_optimizer=q_optimizer,
                  injected_at=injected_at, smoothed=smoothed, **rest)  # fmt: skip
     return run.folder
@@ -515,14 +516,21 @@ def evaluate(actor: nn.Module, args: Args, step: int, episodes: int) -> tuple[fl
 
 
 @torch.inference_mode()
-def save_picture(path: Path, args: Args, data: dict[str, np.ndarray], v: nn.Module, actor: nn.Module) -> None:
-    """What a picture of the run needs, on the cells of the map."""
+def save_pictures(folder: Path, args: Args, data: dict[str, np.ndarray], v: nn.Module, actor: nn.Module) -> None:
+    """picture.npz: what a picture of the run needs, on the cells of the map. episode.gif: the first trajectory."""
     env = Pointmass(args.env)
     centres = (np.stack(np.indices(env.walls.shape), -1).reshape(-1, 2) + 0.5) / env.size
     obs = torch.as_tensor(centres, dtype=torch.float32, device=args.device)
     value = np.where(env.walls, np.nan, v(obs).cpu().numpy().reshape(env.walls.shape))
     arrays = {"maze": env.walls, "start": env.start, "goal": env.goal, "coverage": coverage(args, data), "value": value}
-    save_arrays(path, arrays | {"trajectories": evaluate(actor, args, args.total_steps, episodes=10)[1]})
+    trajectories = evaluate(actor, args, args.total_steps, episodes=10)[1]
+    save_arrays(folder / "picture.npz", arrays | {"trajectories": trajectories})
+    metrics.save_gif(folder / "episode.gif", frames(env, trajectories[0]), env.metadata["render_fps"])
+
+
+def frames(env: Pointmass, trajectory: np.ndarray) -> Iterator[np.ndarray]:
+    for env.x, env.y in trajectory[~np.isnan(trajectory[:, 0])]:
+        yield env.render()
 
 
 def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:

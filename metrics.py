@@ -2,9 +2,8 @@
 
 What is measured: pure functions of networks, weights and activations, which change no network and no random stream. A
 *unit* is an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and
-Linear, without biases and normalisation parameters. The README lists the papers that are cited.
-
-The record of a run: its folder, CSV log and checkpoint (class `Run`), and what a command does with a mistake.
+Linear, without biases and normalisation parameters. The README lists the papers that are cited. The record of a run:
+its folder, CSV log and checkpoint (class `Run`), and what a command does with a mistake.
 """
 
 import copy
@@ -22,8 +21,10 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import filelock
+import numpy as np
 import torch
 import tyro
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
@@ -44,9 +45,8 @@ def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
 def effective_rank(matrix: torch.Tensor) -> float:
     """exp(-sum p log p) with p = s / sum(s) for the singular values s (Roy & Vetterli 2007; paper section 2).
 
-    `matrix` has shape (out, ...); a convolution's weight is read as (out, in * kernel height * kernel width). Returns a
-    number between 1 and the rank of the matrix, and 0 for the zero matrix.
-    Raises FloatingPointError for NaN or infinity.
+    `matrix` has shape (out, ...); a convolution's weight is read as (out, in * kernel height * kernel width). Between 1
+    and the rank of the matrix, and 0 for the zero matrix. Raises FloatingPointError for NaN or infinity.
     """
     matrix = finite(torch.as_tensor(matrix), "an entry of a matrix").detach().flatten(1).cpu().double()
     scale = matrix.abs().amax() if matrix.numel() else 0
@@ -90,8 +90,8 @@ def updated_units(network: nn.Module) -> float:
 def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold: float = 0.025) -> float:
     """Percentage of hidden units whose mean |activation| is at most `threshold` of the layer's (Sokar et al. 2023).
 
-    `activations`: a tensor per hidden layer, or one tensor, of shape (batch, units) or (batch, channels, height,
-    width). Raises FloatingPointError for NaN or infinity.
+    `activations`: a tensor per hidden layer, or one, of shape (batch, units) or (batch, channels, height, width).
+    Raises FloatingPointError for NaN or infinity.
     """
     dormant = []
     for layer in [activations] if isinstance(activations, torch.Tensor) else activations:
@@ -135,9 +135,8 @@ def plasticity(
         for layer in (*twin, *source):
             getattr(layer, "reset_parameters", lambda: None)()  # activations have none
         batches = torch.randint(len(obs), (updates, batch_size), device=obs.device)
-    with torch.no_grad():
-        change = source(obs)
-        change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
+    change = source(obs).detach()
+    change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
     for learner in (same, twin):
         target = learner(obs).detach() + change
         optimizer = torch.optim.Adam(learner.parameters(), **adam, fused=True)
@@ -193,8 +192,7 @@ def refuse(wrong: bool, message: str) -> None:
 
 def check(settings: dict, bounds: dict[str, tuple[float, float]]) -> None:
     """Raise UserError unless every number is finite and within its bounds, by default 0 or more, and the device exists."""
-    no_gpu = settings["device"] == "cuda" and not torch.cuda.is_available()
-    refuse(no_gpu, "--device cuda: no CUDA GPU here; use cpu or auto")
+    refuse(settings["device"] == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu")
     for name, value in settings.items():
         if isinstance(value, int | float):
             low, high = bounds.get(name, (0, math.inf))
@@ -244,16 +242,12 @@ class Run:
                     raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file makes torch raise all sorts
-            message = f"{path} cannot be read ({type(error).__name__}); delete it to start this run over"
-            raise UserError(message) from error
+            raise UserError(f"{path} cannot be read ({type(error).__name__}); delete it to start over") from error
 
     def intervals(self) -> Iterator[tuple[int, Iterator[int]]]:
         """The intervals that are left, under a progress bar: the steps done before, and the steps of each."""
         with tqdm(total=self.steps, initial=self.step, unit="step", disable=None) as self.bar:
-            self.previous_row = self.latest_row = (
-                self.step,
-                time.perf_counter(),
-            )  # rows of the log: their steps and times
+            self.row_times = {self.step: time.perf_counter()}  # by step
             for start in range(self.step, self.steps, self.eval_every):
                 self.end = min(start + self.eval_every, self.steps)
                 yield start, self._steps(start)
@@ -272,14 +266,10 @@ class Run:
         row = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
             raise FloatingPointError(f"training has diverged: {row}")
-        if row["step"] != self.latest_row[0]:
-            self.previous_row = self.latest_row
-        self.latest_row = row["step"], time.perf_counter()
-        steps, seconds = (after - before for after, before in zip(self.latest_row, self.previous_row))
-        self.csv.write(row | {"steps_per_second": steps / seconds})
-        self.bar.set_postfix(
-            {name: value for name, value in self.csv.row.items() if "return" in name and value is not None}
-        )
+        self.row_times[row["step"]] = time.perf_counter()
+        (previous, then), (step, now) = list(self.row_times.items())[-2:]
+        self.csv.write(row | {"steps_per_second": (step - previous) / (now - then)})
+        self.bar.set_postfix({name: x for name, x in self.csv.row.items() if "return" in name and x is not None})
 
     def save(self, step: int, **parts) -> None:
         """Save the parts by name: what has a state_dict by that, the rest as it is."""
@@ -305,11 +295,23 @@ def replace_file(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def command(train: Callable, defaults: object) -> int:
-    """Train with the settings of the command line; what goes wrong becomes one line. Returns the exit code.
+def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
+    """Write pictures (height, width, 3) as a GIF of at most 60 s, mostly below 2 MB. No failure of it ends a run."""
+    try:
+        step = max(1, fps // 25)  # 25 frames a second are enough
+        first, *rest = (Image.fromarray(frame).quantize(64) for frame in itertools.islice(frames, 0, 60 * fps, step))
+        for every in (1, 2, 4, 8):  # leave out frames until it is small enough
+            content, kept, duration = io.BytesIO(), rest[every - 1 :: every], 1000 * step * every // fps
+            first.save(content, "GIF", save_all=True, append_images=kept, duration=duration, loop=0)
+            if content.tell() < 2e6:
+                break
+        replace_file(path, content.getvalue())
+    except Exception as error:  # noqa: BLE001 - whatever a third-party environment raises
+        print(f"{path} is left out: {error}")
 
-    0: done; 1: a fault on the way, such as a full disk; 2: a user's mistake; 130: stopped by Ctrl-C or SIGTERM.
-    """
+
+def command(train: Callable, defaults: object) -> int:
+    """Train with the settings of the command line. Returns 0, or after one line 1: a fault, 2: a mistake, 130: stopped."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     go_on = "the same command goes on from the last checkpoint, or starts over if there is none yet."
     try:

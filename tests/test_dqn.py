@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import call, check_defaults, check_mistake, mistakes, rows
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 
 import dqn_plasticity as dqn
 import metrics
@@ -53,17 +54,20 @@ def frames():
 
 
 # ---- the remedies
+@pytest.mark.parametrize("bf16", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
-def test_injection_changes_no_value_of_online_or_target_network_by_a_bit(frames, device):
+def test_injection_changes_no_value_of_online_or_target_network_by_a_bit(frames, device, bf16):
     args, envs, obs = dqn.Args(env="MsPacman", device=device), dqn.make_env("MsPacman"), frames.to(device)
+    precision = torch.autocast(device, torch.bfloat16, enabled=bf16)
     torch.manual_seed(0)
     q, target = dqn.QNetwork(envs, args).to(device), dqn.QNetwork(envs, args).to(device)
     target.requires_grad_(False)
     for _ in range(2):
-        with torch.no_grad():
+        with torch.no_grad(), precision:
             before = q(obs), target(obs)
         q, target = dqn.inject(q, target, dqn.QNetwork(envs, args).to(device))
-        with torch.no_grad():
+        with torch.no_grad(), precision:
+            assert before[0].dtype == (torch.bfloat16 if bf16 else torch.float32)
             assert torch.equal(q(obs), before[0]) and torch.equal(target(obs), before[1])
         for a, b in zip(q.f1.parameters(), target.f1.parameters(), strict=True):
             assert torch.equal(a, b) and a.data_ptr() != b.data_ptr()
@@ -71,7 +75,7 @@ def test_injection_changes_no_value_of_online_or_target_network_by_a_bit(frames,
         optimizer = dqn.adam(q, args)
         (q(obs[:8]) - 1).square().mean().backward()
         optimizer.step()
-        assert not torch.equal(q(obs[:8]), before[0][:8])
+        assert (q(obs[:8]) - before[0][:8]).abs().max() > 0.01
     assert isinstance(q.h, dqn.Injected) and isinstance(target.h, dqn.Injected)
 
 
@@ -276,6 +280,30 @@ def test_gradients_are_clipped_and_the_norm_of_the_log_is_that_before():
     assert float(clipped[0][0]) > 2e-3 and clipped[1][1] != unclipped[1][1]
 
 
+def test_bf16_changes_the_update_keeps_the_weights_in_float32_and_needs_the_hardware(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False, "avx2": True})
+    check_mistake(dqn, "--env CartPole-v1 --device cpu --bf16", "this CPU has no bfloat16", capsys)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    settings = {"total_steps": 1_000, "device": "cpu", "injection_steps": (900,)}
+    exact, folder = rows(cartpole(**settings).rename("float32")), cartpole(bf16=True, **settings)
+    state = torch.load(folder / "checkpoint.pt")
+    assert all(tensor.dtype == torch.float32 for part in ("q", "target_network") for tensor in state[part].values())
+    assert {moments["exp_avg"].dtype for moments in state["optimizer"]["state"].values()} == {torch.float32}
+    assert rows(folder)[-1]["loss"] != exact[-1]["loss"]
+
+
+def test_a_finished_run_leaves_an_episode_to_watch_and_one_that_cannot_be_rendered_ends_like_any(monkeypatch, capsys):
+    folder = cartpole(total_steps=1_000).rename("with a picture")
+    with Image.open(folder / "episode.gif") as picture:
+        assert picture.size == (600, 400) and picture.n_frames >= 4
+    monkeypatch.setattr(
+        gym.envs.classic_control.CartPoleEnv, "render", mock.Mock(side_effect=RuntimeError("no screen"))
+    )
+    blind = cartpole(total_steps=1_000)
+    assert capsys.readouterr().out == f"{blind}/episode.gif is left out: no screen\n" and rows(blind) == rows(folder)
+    assert not (blind / "episode.gif").exists() and (blind / "checkpoint.pt").exists()
+
+
 def test_activations_are_measured_on_512_observations_of_the_replay_and_plasticity_every_few_intervals(monkeypatch):
     seen, measure = [], metrics.measure
     monkeypatch.setattr(metrics, "measure", lambda network, obs: (seen.append(obs), measure(network, obs))[1])
@@ -356,6 +384,8 @@ def test_two_thousand_steps_of_mspacman_through_the_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
     shown = Path("runs/MsPacman__l2-periodic__seed1")
     assert done.returncode == 0 and not (shown / "replay").exists(), done.stderr
+    with Image.open(shown / "episode.gif") as picture:
+        assert picture.size == (252, 252) and 100 < picture.n_frames <= 900 and picture.info["duration"] == 60
     assert done.stdout == f"Done: {shown}/log.csv. Draw it with: python plot.py {shown}\n"
     first, last = rows(shown)
     assert (first["step"], first["epsilon"], first["loss"], first["updated_units"]) == ("1000", "1", "", "")
@@ -387,7 +417,7 @@ MISTAKES = """--env MsPackman => MsPacman; --env Pendulum => Discrete; --env Fro
 --env Digits --eval-every 1000 => 1500; --env Digits --learning-starts 1500 => 1500;
 --env Digits --l2 sometimes => incremental; --total-steps many => --total-steps; --no-such-flag => --no-such-flag; --no-layer-norm => --no-layer-norm;
 --env Digits --device tpu => cuda"""
-MISTAKES += "; --env Digits --device cuda => cpu or auto" * NO_GPU
+MISTAKES += "; --env Digits --device cuda => no CUDA GPU" * NO_GPU
 
 
 @pytest.mark.parametrize(("mistake", "message"), mistakes(MISTAKES))
@@ -396,7 +426,7 @@ def test_a_mistake_ends_with_one_message_and_exit_code_2_before_anything_is_writ
 
 
 # Of Atari, of other tasks, of Digits; one value: of all
-DEFAULTS = """env MsPacman LunarLander Digits, seed 1, total_steps 2000000 300000 60000, eval_every 25000 10000 1500,
+DEFAULTS = """env MsPacman LunarLander Digits, seed 1, bf16 False, total_steps 2000000 300000 60000, eval_every 25000 10000 1500,
 plasticity_every 4 1 1, plasticity_updates 400 75 100, eval_episodes 10, learning_rate 0.0001 0.001 0.001,
 adam_eps 0.0001 1e-08 1e-08, gamma 0.99 0.99 0.5, batch_size 32 128 32, buffer_size 1000000 300000 1500,
 learning_starts 20000 20000 32, train_frequency 4 1 1, target_network_frequency 2000 1000 100, start_e 1.0 1.0 0.05,

@@ -14,6 +14,7 @@ import pytest
 import torch
 from conftest import check_defaults, check_mistake, mistakes, rows
 from gymnasium.utils.env_checker import check_env
+from PIL import Image
 from torch import nn
 
 import iql_pointmass_finetune as iql
@@ -299,6 +300,8 @@ def test_a_run_through_the_command_line():
     assert [bool(row["plasticity"] and row["plasticity_fresh"]) for row in log] == [True, True, False]
     assert tuple(log[0]) == iql.COLUMNS
     assert all(row[name] for row in log for name in ("grad_norm", *metrics.METRICS) if name != "plasticity")
+    with Image.open(folder / "episode.gif") as gif:
+        assert gif.size == (352, 352) and 2 <= gif.n_frames <= 101
     picture = np.load(folder / "picture.npz")
     assert picture["coverage"].sum() == 150 and picture["maze"].shape == picture["value"].shape == (22, 22)
     assert np.array_equal(np.isfinite(picture["value"]), ~picture["maze"])

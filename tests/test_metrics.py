@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import rows
+from PIL import Image
 from torch import nn
 
 import metrics
@@ -213,6 +214,20 @@ def test_a_row_has_its_speed_takes_tensors_and_refuses_what_is_not_finite(tmp_pa
     intervals.close()
 
 
+def test_a_gif_has_at_most_60_seconds_and_few_bytes_and_no_failure_ends_the_run(tmp_path, capsys):
+    noise = torch.randint(256, (60, 120, 120, 3), generator=torch.manual_seed(0), dtype=torch.uint8).numpy()
+    for fps, count, milliseconds in ((15, 1_000, 0), (50, 100, 40), (15, 10, 60)):
+        path = tmp_path / "episode.gif"
+        metrics.save_gif(path, (noise[k % 60] for k in range(count)), fps)
+        with Image.open(path) as gif:
+            seconds = sum(gif.seek(k) or gif.info["duration"] for k in range(gif.n_frames)) / 1_000
+            assert gif.size == (120, 120) and seconds == pytest.approx(min(60, count / fps), rel=0.15)
+            assert milliseconds in (0, gif.info["duration"])
+        assert path.stat().st_size < 2e6
+    metrics.save_gif(tmp_path / "none.gif", iter(()), 15)
+    assert "none.gif is left out: " in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
+
+
 def test_other_settings_another_version_and_a_second_writer_are_refused(tmp_path):
     open_run(tmp_path).save(3)
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
@@ -238,6 +253,6 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, tmp_path):
         start = int(damage * len(whole))
         broken = whole[:start] + bytes(byte ^ 0xFF for byte in whole[start : start + 64]) + whole[start + 64 :]
     checkpoint.write_bytes(broken)
-    with pytest.raises(metrics.UserError, match=r"checkpoint.pt cannot be read .*; delete it to start this run over"):
+    with pytest.raises(metrics.UserError, match=r"checkpoint.pt cannot be read .*; delete it to start over"):
         open_run(tmp_path)
     assert checkpoint.read_bytes() == broken and (tmp_path / "log.csv").read_bytes() == log

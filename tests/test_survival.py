@@ -137,7 +137,7 @@ def test_a_run_that_is_killed_again_and_again_ends_with_the_same_log(env, undist
         assert death[0] != "collect" or not list(tmp_path.glob("runs/*.npz"))  # it is whole or absent
     assert exit_code(run_in, tmp_path, env) == 0
     assert rows(FOLDERS[env]) == rows(undisturbed(env)) and len(rows(FOLDERS[env])) >= 6
-    kept = {"config.json", "log.csv", "checkpoint.pt", ".lock", "picture.npz"}
+    kept = {"config.json", "log.csv", "checkpoint.pt", ".lock", "picture.npz", "episode.gif"}
     assert {path.name for path in FOLDERS[env].iterdir()} <= kept  # no replay, nothing half-written
 
 
