@@ -139,9 +139,7 @@ def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator:
         ax.fill_between(line.index, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
         if column == "plasticity":
             twin = CENTRES[estimator](curves(runs, "plasticity_fresh", smooth).to_numpy(), axis=1)
-            ax.plot(
-                line.index, twin, color=colour, linestyle="--", linewidth=0.7, label="the same, freshly initialised"
-            )
+            ax.plot(line.index, twin, color=colour, linestyle="--", linewidth=0.7, label="freshly initialised twin")
         if smooth:
             raw = CENTRES[estimator](curves(runs, column, 0).to_numpy(), axis=1)
             ax.plot(line.index, raw, color=colour, alpha=0.3, linewidth=0.7)
@@ -225,9 +223,8 @@ def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
 
 
 def correlations(log: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlations of the metrics with plasticity, in Digits also with the score of the task that follows.
-
-    Over all rows of all runs, and the median of those within a run. The expected sign is that of a metric which tells.
+    """Spearman's rank correlations of the metrics with plasticity, in Digits also with the score of the task that follows:
+    over all rows of all runs, and the median of those within a run. The expected sign is that of a metric which tells.
     """
     rows, table = log.dropna(subset="plasticity"), []
     aims = {"plasticity": rows.plasticity}
