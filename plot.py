@@ -230,8 +230,8 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
     aims = {"plasticity": rows.plasticity}
     if "score" in rows:
         aims["next task's score"] = rows.groupby("run").score.shift(-1)
-    for metric, direction in DIRECTION_WHEN_LOST.items():
-        row = {"metric": metric, "expected sign": "-" if direction > 0 else "+"}
+    for metric in filter(rows.columns.__contains__, DIRECTION_WHEN_LOST):
+        row = {"metric": metric, "expected sign": "-" if DIRECTION_WHEN_LOST[metric] > 0 else "+"}
         for aim, values in aims.items():
             pairs = pd.DataFrame({"x": rows[metric], "y": values}).dropna()
             overall, within = pairs.corr("spearman").x.y, pairs.groupby(rows.run).corr("spearman").x.xs("y", level=1)
@@ -243,7 +243,7 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
 
 def draw_correlations(log: pd.DataFrame) -> plt.Figure:
     """A panel per metric: its value and the plasticity, for each row in which both were measured."""
-    metrics = [metric for metric in DIRECTION_WHEN_LOST if metric != "plasticity"]
+    metrics = [metric for metric in DIRECTION_WHEN_LOST if metric != "plasticity" and metric in log]
     points = log.dropna(subset="plasticity").melt(["label", "plasticity"], metrics, "metric")
     colours = {label: style["color"] for label, style in line_styles(log.label.unique()).items()}
     look = {"s": 9, "alpha": 0.5, "linewidth": 0, "height": 2.6, "facet_kws": {"sharex": False}}

@@ -398,12 +398,7 @@ def test_rank_correlations_over_all_rows_and_within_runs(tmp_path, monkeypatch):
 
 def test_in_digits_the_metrics_and_the_probe_are_held_against_the_task_that_follows(tmp_path, monkeypatch):
     monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": -1, "plasticity": -1})
-    scores = [
-        50,
-        10,
-        20,
-        30,
-    ]  # after the first three tasks, erank has the order of the next score, plasticity its reverse
+    scores = [50, 10, 20, 30]  # after its first three tasks erank has the order of the next score, plasticity not
     write_probed_run(tmp_path, "Digits__standard__seed1", [1, 2, 3, 0], [9, 8, 7, 6], scores)
     erank, probe = plot.correlations(read(tmp_path)).to_dict("records")
     assert erank["next task's score"] == erank["next task's score, within runs"] == "1.00"
