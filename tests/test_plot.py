@@ -383,7 +383,7 @@ def write_probed_run(root, name, erank, plasticity, score=None):
 
 
 def test_rank_correlations_over_all_rows_and_within_runs(tmp_path, monkeypatch):
-    monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": 1, "updated_units": -1, "plasticity": -1})
+    monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": 1, "absent": 1, "updated_units": -1, "plasticity": -1})
     write_probed_run(tmp_path, "Task__standard__seed1", [1, 2, 4], [10, 20, 30])  # within the run 1
     write_probed_run(tmp_path, "Task__standard__seed2", [5, 9, 7], [1, 2, 3])  # within the run 1/2
     write_probed_run(tmp_path, "Task__standard__seed3", [3, 3, 3], [4, 5, 6])  # constant: no part of the median
@@ -412,7 +412,7 @@ def test_plasticity_has_its_fresh_twin_beside_it_a_scatter_and_a_table(tmp_path,
     twins = [line for line in ax.lines if line.get_linestyle() == "--"]
     assert [line.get_color() for line in twins] == [line.get_color() for line in ax.lines if line not in twins]
     assert len(twins) == 2 and all(line.get_ydata().tolist() == [11, 21, 31] for line in twins)
-    monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": -1, "updated_units": -1, "plasticity": -1})
+    monkeypatch.setattr(plot, "DIRECTION_WHEN_LOST", {"erank": -1, "absent": 1, "updated_units": -1, "plasticity": -1})
     erank = plot.draw_correlations(read(tmp_path)).axes[0]
     np.testing.assert_allclose(sorted(erank.collections[0].get_offsets().tolist()),
                                sorted(zip([1, 2, 3, 3, 5, 4], [10, 20, 30] * 2)))  # fmt: skip
