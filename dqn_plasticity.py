@@ -43,7 +43,7 @@ from metrics import UserError, refuse
 gym.register_envs(ale_py)
 
 THREADS = torch.get_num_threads()
-VERSION = 3  # raised whenever the networks or what is saved of them change
+VERSION = 4  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
 COLUMNS += (*metrics.METRICS, "plasticity_fresh")
 
@@ -56,7 +56,7 @@ def by_task(atari: float, other: float, digits: float):
 
 @dataclass
 class Args:
-    """Deep Q-learning with remedies against the loss of plasticity. Defaults depend on the task: --env Digits --help."""
+    """Deep Q-learning with remedies for lost plasticity. Defaults depend on the task: see --env Digits --help."""
 
     # ---- The run; a step is one of the environment. by_task: the default on Atari, on other tasks, on Digits
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
@@ -114,7 +114,7 @@ class Args:
 
 # ---- network
 class QNetwork(nn.Sequential):
-    """Observations as floats to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP 64-64."""
+    """Observations as floats to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         def hidden(layer: nn.Module, *shape: int) -> list[nn.Module]:
@@ -132,8 +132,9 @@ class QNetwork(nn.Sequential):
                 nn.Linear(512, actions),
             )
         else:
-            inputs = envs.single_observation_space.shape[0]
-            super().__init__(*hidden(nn.Linear(inputs, 64), 64), *hidden(nn.Linear(64, 64), 64), nn.Linear(64, actions))
+            inputs, width = envs.single_observation_space.shape[0], 64 if args.env == "Digits" else 256
+            first, second = hidden(nn.Linear(inputs, width), width), hidden(nn.Linear(width, width), width)
+            super().__init__(*first, *second, nn.Linear(width, actions))
 
 
 # ---- injection
@@ -322,7 +323,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
 
 # ---- replay
 class Replay:
-    """A ring of single frames in a file, so that an Atari transition costs 7 KB, of the disk, and only once it is there.
+    """A ring of single frames in a file: an Atari transition costs 7 KB, of the disk, and only once it is there.
 
     A slot holds the newest frame of an observation (a flat observation is one frame) and what followed. The observation
     that ends an episode has a slot too, which no transition starts from. Slots are written like any file, so that a
@@ -336,8 +337,8 @@ class Replay:
         # end: no transition starts here; episode_start: the slot in which its episode started
         flags = ("terminated", "?"), ("end", "?"), ("episode_start", "i8")
         slot = np.dtype([frame, ("action", "i2"), ("reward", "f4"), *flags])
-        # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; ends of
-        # episodes take slots, too: at worst as many as steps, on Atari few.
+        # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; ends
+        # of episodes take slots, too: at worst as many as steps, on Atari few.
         slots = args.buffer_size + int(args.eval_every * (17 / 16 if self.stack > 1 else 2)) + 4
         self.file = open(path, "w+b" if new else "r+b")  # noqa: SIM115 - open for the run
         self.file.truncate(slots * slot.itemsize)  # for the map, which has a fixed length; it takes no disk yet
@@ -471,7 +472,7 @@ def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray
 
 # ---- acting, evaluation and measurements
 def exploration_rate(args: Args, step: int, replay: Replay) -> float:
-    """Epsilon: linear from start_e to end_e, on Atari once learning starts. In Digits every task starts with random actions."""
+    """Linear from start_e to end_e, on Atari once learning starts. A task of Digits starts with random actions."""
     if args.env == "Digits" and replay.added < args.learning_starts:
         return 1.0
     begin = args.learning_starts if is_atari(args.env) else 0

@@ -126,7 +126,7 @@ def plasticity(
 
     A copy of each is trained for `updates` batches, by Adam with a fresh state, towards what it says on `obs` now plus
     what another fresh network says, standardised to mean 0 and variance 1 per output. The score is 100 (1 - mean
-    squared error) after that, at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin tells how hard it was.
+    squared error) after that, at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin: how hard it was.
     """
     scores = []
     with torch.random.fork_rng():
@@ -153,7 +153,7 @@ LOG_EVERY = 1_000  # steps between rows of the log (paper section 2)
 
 
 class CSVLog:
-    """A CSV file of fixed columns, flushed at every row. What a killed run wrote behind the byte `offset` is cut off."""
+    """A CSV file of fixed columns, flushed at every row. What a killed run wrote behind byte `offset` is cut off."""
 
     def __init__(self, path: str | Path, columns: Iterable[str], offset: int = 0):
         self.file = open(path, "r+" if offset else "w", buffering=1, newline="")  # noqa: SIM115 - open for the run
@@ -191,7 +191,7 @@ def refuse(wrong: bool, message: str) -> None:
 
 
 def check(settings: dict, bounds: dict[str, tuple[float, float]]) -> None:
-    """Raise UserError unless every number is finite and within its bounds, by default 0 or more, and the device exists."""
+    """Raise UserError unless every number is finite and within its bounds, by default 0 or more; and the device."""
     refuse(settings["device"] == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu")
     for name, value in settings.items():
         if isinstance(value, int | float):
@@ -205,7 +205,7 @@ class Run:
 
     Training is a sequence of intervals, each from a fresh environment and random stream to a checkpoint: it can go on
     exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo). `state` is what the last
-    checkpoint holds by name, {} in a new run. Raises UserError where the folder holds another run, is in use, or damaged.
+    checkpoint holds by name, {} in a new run. Raises UserError where the folder is of another run, in use or damaged.
     """
 
     def __init__(self, folder: Path, settings: dict, steps: int, eval_every: int, columns: Iterable[str]):
@@ -311,7 +311,7 @@ def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
 
 
 def command(train: Callable, defaults: object) -> int:
-    """Train with the settings of the command line. Returns 0, or after one line 1: a fault, 2: a mistake, 130: stopped."""
+    """Train with the command line's settings. Returns 0, or after one line 1: a fault, 2: a mistake, 130: stopped."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     go_on = "the same command goes on from the last checkpoint, or starts over if there is none yet."
     try:

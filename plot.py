@@ -223,7 +223,7 @@ def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
 
 
 def correlations(log: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlations of the metrics with plasticity, in Digits also with the score of the task that follows:
+    """Spearman's rank correlations of the metrics with plasticity, in Digits also with the score of the next task:
     over all rows of all runs, and the median of those within a run. The expected sign is that of a metric which tells.
     """
     rows, table = log.dropna(subset="plasticity"), []
