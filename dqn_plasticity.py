@@ -66,21 +66,21 @@ class Args:
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
     plasticity_every: int = by_task(4, 1, 1)  # intervals (of eval_every steps) between measurements of plasticity
-    plasticity_updates: int = by_task(400, 75, 100)  # updates that it takes
+    plasticity_updates: int = by_task(400, 20, 100)  # updates that it takes
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
     # ---- Double DQN with Adam
     learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam
-    adam_eps: float = by_task(1e-4, 1e-8, 1e-8)  # epsilon of Adam
+    adam_eps: float = by_task(1e-4, 1e-4, 1e-8)  # epsilon of Adam
     gamma: float = by_task(0.99, 0.99, 0.5)  # discount per step
     batch_size: int = by_task(32, 128, 32)  # transitions in an update
     buffer_size: int = by_task(1_000_000, 300_000, 1_500)  # transitions that the replay keeps
     learning_starts: int = by_task(20_000, 20_000, 32)  # steps before the first update (Digits: of every task)
-    train_frequency: int = by_task(4, 1, 1)  # steps per update
-    target_network_frequency: int = by_task(2_000, 1_000, 100)  # steps between copies into the target network
+    train_frequency: int = by_task(4, 2, 1)  # steps per update
+    target_network_frequency: int = by_task(2_000, 250, 100)  # steps between copies into the target network
     start_e: float = by_task(1.0, 1.0, 0.05)  # first epsilon, the probability of a random action
-    end_e: float = by_task(0.01, 0.02, 0.05)  # last epsilon
+    end_e: float = by_task(0.01, 0.1, 0.05)  # last epsilon
     exploration_fraction: float = by_task(0.5, 0.1, 0.0)  # share of the run after which epsilon is at its last value
-    max_grad_norm: float = by_task(10.0, 0.0, 0.0)  # longer gradients are scaled down to this norm; 0: never
+    max_grad_norm: float = by_task(10.0, 10.0, 0.0)  # longer gradients are scaled down to this norm; 0: never
     # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
     injections: int = 0  # how many
     injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the second half of the run
