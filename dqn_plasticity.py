@@ -225,7 +225,7 @@ def train(args: Args) -> Path:
 
     for start, steps in run.intervals():
         envs, obs, rng = fresh_start(args, start)
-        optimizer.zero_grad()  # as after a restart
+        optimizer.zero_grad()  # a run that goes on has no gradients yet, and its log has to be the same
         if args.env == "Digits":
             # An interval is a task, with new labels. Old ones would poison the targets: a fault of memory, not of
             # plasticity. Weights, target network and optimiser stay, for their plasticity is the question.
@@ -270,7 +270,7 @@ def train(args: Args) -> Path:
                 row = {"step": step, "epsilon": epsilon, "l2_lambda": l2_coefficient(args, step)}
                 row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
                 row |= measurements(args, step, trained(q), replay) | update
-                if update and args.injection_trigger in row:
+                if update and args.injection_trigger in row:  # not before learning has started
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 run.log(row)
                 returns = []
