@@ -16,10 +16,15 @@ os.environ["OMP_NUM_THREADS"] = "1"  # for the processes that tests start, too
 import pytest
 import torch
 
+import metrics
+
+SAVE_GIF = metrics.save_gif
+
 
 @pytest.fixture(autouse=True)
 def empty_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(metrics, "save_gif", lambda *_: None)  # slower than a small run; the tests of it put it back
     torch.set_num_threads(1)
     return tmp_path
 

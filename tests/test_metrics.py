@@ -7,7 +7,7 @@ import filelock
 import numpy as np
 import pytest
 import torch
-from conftest import rows
+from conftest import SAVE_GIF, rows
 from PIL import Image
 from torch import nn
 
@@ -218,11 +218,11 @@ def test_a_gif_has_at_most_60_seconds_and_2_mb_and_no_failure_ends_the_run(tmp_p
     rng, path = np.random.default_rng(0), tmp_path / "episode.gif"
     cases = ((4, 4, 3), 1_500, 15, 900, 60), ((4, 4, 3), 100, 50, 50, 40), ((250, 250), 60, 10, 30, 200)
     for shape, count, fps, frames, milliseconds in cases:
-        metrics.save_gif(path, (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(count)), fps)
+        SAVE_GIF(path, (rng.integers(256, size=shape, dtype=np.uint8) for _ in range(count)), fps)
         with Image.open(path) as gif:
             assert (gif.size, gif.n_frames, gif.info["duration"]) == (shape[:2], frames, milliseconds)
         assert path.stat().st_size < 2e6
-    metrics.save_gif(tmp_path / "none.gif", iter(()), 15)
+    SAVE_GIF(tmp_path / "none.gif", iter(()), 15)
     assert "none.gif is left out: " in capsys.readouterr().out and len(list(tmp_path.iterdir())) == 1
 
 
