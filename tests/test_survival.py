@@ -31,7 +31,7 @@ resource = pytest.importorskip("resource", reason="not on Windows")
 # Each a few intervals between evaluations, with an injection inside one
 SHARED = {"device": "cpu", "l2": "incremental", "plasticity_updates": 2, "eval_every": 30, "eval_episodes": 2}
 DQN = SHARED | {"total_steps": 1_200, "eval_every": 300, "learning_starts": 100, "injection_steps": (701,)}
-DQN |= {"batch_size": 16, "buffer_size": 300, "train_frequency": 4}
+DQN |= {"batch_size": 16, "buffer_size": 300, "train_frequency": 8}
 DIGITS = {"total_steps": 4_500, "eval_every": 1_500, "injection_steps": (2_001,), "train_frequency": 16}
 DIGITS |= {"layer_norm": True, "learning_starts": 800}  # so that a row of every interval precedes its first update
 ATARI = {"total_steps": 180, "eval_every": 60, "learning_starts": 30, "injection_steps": (71,), "train_frequency": 8}
