@@ -61,7 +61,7 @@ class Args:
     # ---- The run; a step is one of the environment. by_task: the default on Atari, on other tasks, on Digits
     env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a CUDA GPU if there is one
     bf16: bool = False  # update in bfloat16, weights stay float32: faster on Atari if the hardware has it
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
@@ -103,8 +103,6 @@ class Args:
         for setting in fields(self):
             if getattr(self, setting.name) is None and "by_task" in setting.metadata:
                 setattr(self, setting.name, setting.metadata["by_task"][task])
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.injection_steps:
             self.injections = self.injections or len(self.injection_steps)
         elif not self.injection_trigger:  # evenly over the second half of the run, from its middle on
@@ -464,9 +462,9 @@ def seeds(args: Args, step: int) -> list[int]:
     return [int(number >> 1) for number in np.random.SeedSequence((args.seed, step)).generate_state(2)]
 
 
-def fresh_start(args: Args, step: int) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
+def fresh_start(args: Args, step: int, **options) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
     """A new environment, its first observation, and the random stream of training, all decided by (seed, step)."""
-    envs = make_env(args.env)
+    envs = make_env(args.env, **options)
     return envs, envs.reset(seed=seeds(args, step)[1])[0], np.random.default_rng((args.seed, step))
 
 
@@ -508,8 +506,7 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
 
 def episode(q: nn.Module, args: Args) -> Iterator[np.ndarray]:
     """The pictures of an episode as in `evaluate`: what the network sees of Atari, what another task renders."""
-    envs, rng = make_env(args.env, render_mode="rgb_array"), np.random.default_rng((args.seed, args.total_steps, 3))
-    obs, _ = envs.reset(seed=int(rng.integers(2**31)))
+    envs, obs, rng = fresh_start(args, args.total_steps, render_mode="rgb_array")
     terminated = truncated = [False]
     while not (terminated[0] or truncated[0]):
         yield obs[0, -1].repeat(3, 0).repeat(3, 1) if is_atari(args.env) else envs.render()[0]

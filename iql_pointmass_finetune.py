@@ -57,7 +57,7 @@ class Args:
     # ---- The run; a step is one update, online also one of the environment
     env: Literal["PointmassEasy", "PointmassMedium", "PointmassHard"] = "PointmassHard"  # the maze
     seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: a CUDA GPU if there is one
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a CUDA GPU if there is one
     dataset: str | None = None  # .npz file of transitions; left out: those collected for the seed
     collect_steps: int = 10_000  # transitions that the explorer collects
     offline_steps: int = 100_000  # updates on the collected data alone
@@ -90,8 +90,6 @@ class Args:
     leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of tanh
 
     def __post_init__(self):
-        if self.device == "auto":
-            self.device = "cuda" if torch.cuda.is_available() else "cpu"
         if self.injection_steps:
             self.injections = self.injections or len(self.injection_steps)
         elif not self.injection_trigger:  # evenly over the online phase, from its first step on

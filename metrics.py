@@ -296,7 +296,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """Write pictures (height, width, 3) as a GIF of at most 60 s, mostly below 2 MB. No failure of it ends a run."""
+    """Write pictures, grey or RGB, as a GIF of at most 60 s, mostly below 2 MB. No failure of it ends a run."""
     try:
         step = max(1, fps // 25)  # 25 frames a second are enough
         first, *rest = (Image.fromarray(frame).quantize(64) for frame in itertools.islice(frames, 0, 60 * fps, step))

@@ -230,7 +230,7 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
     aims = {"plasticity": rows.plasticity}
     if "score" in rows:
         aims["next task's score"] = rows.groupby("run").score.shift(-1)
-    for metric in filter(rows.columns.__contains__, DIRECTION_WHEN_LOST):
+    for metric in (name for name in DIRECTION_WHEN_LOST if name in rows):
         row = {"metric": metric, "expected sign": "-" if DIRECTION_WHEN_LOST[metric] > 0 else "+"}
         for aim, values in aims.items():
             pairs = pd.DataFrame({"x": rows[metric], "y": values}).dropna()
