@@ -2,8 +2,7 @@
 
 A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving
 average; its band is the 95 % bootstrap interval over the seeds. Where only some of the seeds have arrived, the line is
-of those and has no band. Runs of one variant whose settings differ are never averaged: each has a line that names what
-differs.
+of those and has no band. Runs whose settings differ are never averaged: each has a line that names what differs.
 """
 
 import argparse
@@ -203,7 +202,7 @@ def draw_picture(pictures: dict[str, dict]) -> plt.Figure:
 
 
 def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
-    """For each variant, of finished runs: means over the last 10 % of the run, and the 95 % interval of the return."""
+    """For each variant, of finished runs: means over the last 10 % of the run, the return's over the whole run, too."""
 
     def cell(runs: pd.Series) -> str:
         if runs.isna().all():
@@ -214,18 +213,19 @@ def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
 
     columns = [column for column in COLUMNS if column in log and column not in ("score", "train_return")]
     runs = log[log.final].groupby(["label", "run"])[columns].mean()
-    if "score" in log:
-        tasks = log.dropna(subset="score").groupby(["label", "run"]).score
-        runs.insert(0, "score, last 8 tasks", tasks.apply(lambda score: score.tail(8).mean()))
-        runs.insert(0, "score, first 8 tasks", tasks.apply(lambda score: score.head(8).mean()))
+    result = "score" if "score" in log else "eval_return"
+    values = log.dropna(subset=result).groupby(["label", "run"])[result]
+    runs.insert(0, f"{result}, whole run", values.mean())
+    if result == "score":
+        runs.insert(0, "score, last 8 tasks", values.apply(lambda score: score.tail(8).mean()))
+        runs.insert(0, "score, first 8 tasks", values.apply(lambda score: score.head(8).mean()))
     seeds = runs.groupby("label").size().astype(str).rename("seeds")
     return pd.concat([seeds, runs.groupby("label").agg(cell)], axis=1).reset_index(names="variant")
 
 
 def correlations(log: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlations of the metrics with plasticity, in Digits also with the score of the next task:
-    over all rows of all runs, and the median of those within a run. The expected sign is that of a metric which tells.
-    """
+    """Spearman's rank correlation of each metric with plasticity, in Digits also with the next task's score: over all
+    rows of all runs, and the median of those within a run. A metric that tells has the expected sign."""
     rows, table = log.dropna(subset="plasticity"), []
     aims = {"plasticity": rows.plasticity}
     if "score" in rows:

@@ -152,6 +152,7 @@ def test_digits_table_has_the_first_and_the_last_tasks(tmp_path):
     (row,) = plot.table(read(tmp_path), "mean").to_dict("records")
     assert row["score, first 8 tasks"] == "23.5 [13.5, 33.5]"  # 10..17 and 30..37
     assert row["score, last 8 tasks"] == "35.5 [25.5, 45.5]"
+    assert row["score, whole run"] == "29.5 [19.5, 39.5]"
     assert row["seeds"] == "2" and row["erank"] == "10"
 
 
@@ -313,15 +314,15 @@ def test_table_and_markdown(tmp_path, command, monkeypatch):
         write_run(tmp_path, f"Task__standard__seed{seed}", values, erank=seed)
     write_run(tmp_path, "Task__layer-norm__seed1", [7] * 20)
     _, text, _ = command(tmp_path, columns=("eval_return", "erank"))
-    assert re.search(r"standard +2 +27\.75 \[18\.5, 37\] +1\.5\n", text)
+    assert re.search(r"standard +2 +14\.25 \[9\.5, 19\] +27\.75 \[18\.5, 37\] +1\.5\n", text)
     _, markdown, _ = command(tmp_path, "--table", columns=("eval_return", "erank"))
     assert markdown.splitlines() == [
         "### Task",
         "",
-        "| variant | seeds | eval_return | erank |",
-        "| --- | --- | --- | --- |",
-        "| standard | 2 | 27.75 [18.5, 37] | 1.5 |",
-        "| layer-norm | 1 | 7 | 10 |",
+        "| variant | seeds | eval_return, whole run | eval_return | erank |",
+        "| --- | --- | --- | --- | --- |",
+        "| standard | 2 | 14.25 [9.5, 19] | 27.75 [18.5, 37] | 1.5 |",
+        "| layer-norm | 1 | 7 | 7 | 10 |",
         "",
     ]
 
