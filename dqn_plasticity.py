@@ -66,7 +66,7 @@ class Args:
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
     plasticity_every: int = by_task(4, 1, 1)  # intervals (of eval_every steps) between measurements of plasticity
-    plasticity_updates: int = by_task(400, 20, 100)  # updates that it takes
+    plasticity_updates: int = by_task(400, 75, 100)  # updates that it takes
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
     # ---- Double DQN with Adam
     learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam
