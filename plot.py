@@ -202,7 +202,7 @@ def draw_picture(pictures: dict[str, dict]) -> plt.Figure:
 
 
 def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
-    """For each variant, of finished runs: means over the last 10 % of the run, the return's over the whole run, too."""
+    """For each variant's finished runs: means over their last 10 %; of the return, with 95 % interval, also over all."""
 
     def cell(runs: pd.Series) -> str:
         if runs.isna().all():
