@@ -202,7 +202,7 @@ def draw_picture(pictures: dict[str, dict]) -> plt.Figure:
 
 
 def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
-    """For each variant's finished runs: means over their last 10 %; of the return, with 95 % interval, also over all."""
+    """For each variant's finished runs: means over the last 10 %, of the return also over all, with 95 % intervals."""
 
     def cell(runs: pd.Series) -> str:
         if runs.isna().all():
