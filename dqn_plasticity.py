@@ -574,7 +574,7 @@ def check_injections(args: Args) -> None:
     steps, shown = args.injection_steps, " ".join(map(str, args.injection_steps))
     if args.injection_trigger or args.injection_threshold is not None:
         whole = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
-        refuse(not whole, "--injection-trigger needs --injection-threshold and --injections, excludes --injection-steps")
+        refuse(not whole, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
     else:
         refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
