@@ -42,7 +42,7 @@ from metrics import UserError, refuse
 
 gym.register_envs(ale_py)
 
-THREADS = torch.get_num_threads()
+THREADS = torch.get_num_threads()  # before a run of a small network sets it to one
 VERSION = 4  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
 COLUMNS += (*metrics.METRICS, "plasticity_fresh")
@@ -82,7 +82,7 @@ class Args:
     exploration_fraction: float = by_task(0.5, 0.1, 0.0)  # share of the run after which epsilon is at its last value
     max_grad_norm: float = by_task(10.0, 10.0, 0.0)  # longer gradients are scaled down to this norm; 0: never
     # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
-    injections: int = 0  # how many
+    injections: int = 0  # how many; with a trigger, at most
     injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the second half of the run
     injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
@@ -267,7 +267,7 @@ def train(args: Args) -> Path:
             if run.row_due(step):
                 row = {"step": step, "epsilon": epsilon, "l2_lambda": l2_coefficient(args, step)}
                 row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
-                row |= measurements(args, step, trained(q), replay) | update
+                row |= measurements(args, step, trained(q), replay) | update  # its grad_norm is that before clipping
                 if update and args.injection_trigger in row:  # not before learning has started
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 run.log(row)
@@ -320,6 +320,11 @@ def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float
 
 
 # ---- replay
+def slots_taken(args: Args, steps: int) -> int:
+    """By so many steps at most: the end of an episode takes a slot, too, and only on Atari are all episodes long."""
+    return int(steps * (17 / 16 if is_atari(args.env) else 2)) + 4
+
+
 class Replay:
     """A ring of single frames in a file: an Atari transition costs 7 KB, of the disk, and only once it is there.
 
@@ -331,13 +336,11 @@ class Replay:
     def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, new: bool = True):
         self.obs_shape, self.buffer_size = obs_space.shape, args.buffer_size
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
-        frame = ("frame", obs_space.dtype, obs_space.shape[1:] if self.stack > 1 else obs_space.shape)
         # end: no transition starts here; episode_start: the slot in which its episode started
-        flags = ("terminated", "?"), ("end", "?"), ("episode_start", "i8")
-        slot = np.dtype([frame, ("action", "i2"), ("reward", "f4"), *flags])
-        # One interval more than asked for, so that a run that goes on from its last checkpoint finds all it had; ends
-        # of episodes take slots, too: at worst as many as steps, on Atari few.
-        slots = args.buffer_size + int(args.eval_every * (17 / 16 if self.stack > 1 else 2)) + 4
+        marks = ("terminated", "?"), ("end", "?"), ("episode_start", "i8")
+        slot = np.dtype([("frame", obs_space.dtype, obs_space.shape[-2:]), ("action", "i2"), ("reward", "f4"), *marks])
+        # An interval more than asked for, so that a run that goes on from its last checkpoint finds all it had
+        slots = args.buffer_size + slots_taken(args, args.eval_every)
         self.file = open(path, "w+b" if new else "r+b")  # noqa: SIM115 - open for the run
         self.file.truncate(slots * slot.itemsize)  # for the map, which has a fixed length; it takes no disk yet
         self.ring = np.memmap(path, slot, "r", shape=slots).view(np.ndarray)  # without memmap's slow indexing
@@ -457,6 +460,7 @@ def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
     return gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
 
 
+# Random streams: (seed, step) trains from that step on, (seed, step, 1) evaluates, (seed, step, 2) measures.
 def seeds(args: Args, step: int) -> list[int]:
     """Two numbers decided by (seed, step), below 2^31 as emulators need them: for a network, for an environment."""
     return [int(number >> 1) for number in np.random.SeedSequence((args.seed, step)).generate_state(2)]
@@ -519,9 +523,8 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
     row = metrics.measure(network, obs)
     if step % (args.eval_every * args.plasticity_every) == 0:
-        adam, seed = {"lr": args.learning_rate, "eps": args.adam_eps}, int(rng.integers(2**31))
-        scores = metrics.plasticity(network, obs, adam, args.batch_size, args.plasticity_updates, seed)
-        row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
+        probe = {"lr": args.learning_rate, "eps": args.adam_eps}, args.batch_size, args.plasticity_updates
+        row["plasticity"], row["plasticity_fresh"] = metrics.plasticity(network, obs, *probe, int(rng.integers(2**31)))
     return row
 
 
@@ -562,8 +565,8 @@ def check(args: Args) -> None:
     flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
     refuse(not (flat or is_atari(args.env)), f"--env {args.env} has observations {obs}, not a flat Box of float32")
     slot_bytes = int(np.prod(obs.shape[-2:])) * obs.dtype.itemsize + 16  # of a stack, one frame
-    spare = 2 * args.eval_every
-    needed, free = slot_bytes * min(args.buffer_size + spare, 2 * args.total_steps), shutil.disk_usage(".").free - 10**8
+    spare, free = slots_taken(args, args.eval_every), shutil.disk_usage(".").free - 10**8  # for all else in the run
+    needed = slot_bytes * min(args.buffer_size + spare, slots_taken(args, args.total_steps))
     too_little = needed > free and not (run_folder(args) / "checkpoint.pt").exists()  # a run that goes on has its disk
     sizes = f"the replay needs {needed / 1e6:,.1f} MB of disk, {max(0, free) / 1e6:,.1f} MB are free for it"
     refuse(too_little, f"{sizes}: make room, or start with at most --buffer-size {max(0, free // slot_bytes - spare)}")
@@ -573,8 +576,8 @@ def check_injections(args: Args) -> None:
     """The injection settings agree with each other and with the length of the run."""
     steps, shown = args.injection_steps, " ".join(map(str, args.injection_steps))
     if args.injection_trigger or args.injection_threshold is not None:
-        whole = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
-        refuse(not whole, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
+        valid = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
+        refuse(not valid, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
     else:
         refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")

@@ -1,15 +1,16 @@
-"""Implicit Q-learning, trained offline and fine-tuned online, with an injection of plasticity at the switch.
+"""Implicit Q-learning, trained offline and fine-tuned online, with every remedy of the paper as a flag.
 
 "The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement Learning with
 Plasticity Injection and Plasticity Metric Regularization; the README lists all others that are cited here.
 A point has to cross four rooms (PointmassHard). An explorer that does not know the task collects data; IQL learns from
 them alone, then goes on in the environment (paper section 5). The optimal return is -33, random actions get -100.
-IQL (Kostrikov et al. 2022) never asks for the value of an action that the data do not hold. One update, on one batch:
+IQL (Kostrikov et al. 2022) never asks for the value of an action that the data do not hold. One update, on one batch
+(theirs takes the smaller of two target values, and updates V before the others):
 
     u       = Q_target(s, a) - V(s)
     loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5: V nears the data's best Q
     loss_Q  = mean (r + gamma * (1 - terminated) * V(s') - Q(s, a))^2     their eq. 6
-              + lambda(step) * ||phi||^2                                  phi: the parameters that train (paper 3.2)
+              + lambda(step) * ||phi||^2                                  phi: what trains of Q (paper 3.2)
     loss_pi = -mean min(exp(beta * u), 100) * log pi(a | s)               their eq. 7
     Q_target <- (1 - polyak) * Q_target + polyak * Q
 
@@ -74,7 +75,7 @@ class Args:
     beta: float = 10.0  # inverse temperature of the actor: 0 imitates the data, more seeks value
     polyak: float = 0.005  # share of Q that enters the target network at every step
     # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
-    injections: int = 0  # how many
+    injections: int = 0  # how many; with a trigger, at most
     injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the online phase, from its start
     injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
@@ -162,9 +163,10 @@ def squared_norm(network: nn.Module) -> torch.Tensor:
 
 
 # ---- losses
+# Of a transition, also in the file of --dataset: dtype and shape. Positions are divided by the size of the map.
 FIELDS = {"obs": ("float32", (2,)), "action": ("int64", ()), "reward": ("float32", ()), "next_obs": ("float32", (2,))}
 FIELDS |= {"terminated": ("bool", ()), "truncated": ("bool", ())}
-Batch = collections.namedtuple("Batch", FIELDS)  # tensors (batch, width), as in the networks: numbers are (batch, 1)
+Batch = collections.namedtuple("Batch", FIELDS)  # tensors (batch, width) like the networks' outputs, numbers (batch, 1)
 
 
 def expectile_loss(advantage: torch.Tensor, expectile: float) -> torch.Tensor:
@@ -236,13 +238,13 @@ def train(args: Args) -> Path:
             loss.backward()
             q_optimizer.step()
             optimizer.step()
-            polyak_update(target_network, q, args.polyak)
+            polyak_update(q, target_network, args.polyak)
 
             if run.row_due(step):
                 row = {"step": step, "phase": "online" if step > args.offline_steps else "offline"}
                 row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
                 row |= {"v_loss": v_loss, "q_loss": q_loss, "actor_loss": actor_loss, "q_mean": q_values.mean()}
-                row |= {"l2_lambda": l2_coefficient(args, step)} | measurements(args, step, trained(q), replay)
+                row |= {"l2_lambda": l2_lambda} | measurements(args, step, trained(q), replay)
                 if args.injection_trigger in row:
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 run.log(row)
@@ -261,8 +263,8 @@ def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def polyak_update(target_network: nn.Module, q: nn.Module, polyak: float) -> None:
-    for slow, fast in zip(target_network.parameters(), q.parameters()):
+def polyak_update(q: nn.Module, target_network: nn.Module, polyak: float) -> None:
+    for fast, slow in zip(q.parameters(), target_network.parameters()):
         slow.lerp_(fast, polyak)
 
 
@@ -321,10 +323,10 @@ def collect(args: Args) -> dict[str, np.ndarray]:
     """
     env, obs, rng = fresh_start(args, 0, 1)
     torch.manual_seed(seeds(args, 0, 1)[0])
-    q, predictor, random_network = mlp(2, 64, 64, len(MOVES)), mlp(2, 400, 400, 5), mlp(2, 400, 400, 5)
+    q, predictor, random_network = mlp(2, 64, 64, len(MOVES)), mlp(2, 400, 400, 5), mlp(2, 400, 400, 5)  # 5 features
     target_network = copy.deepcopy(q)
     for parameter in random_network.requires_grad_(False).parameters():
-        nn.init.normal_(parameter)
+        nn.init.normal_(parameter)  # larger than by default, or there is little to predict
     optimizer = torch.optim.Adam([*q.parameters(), *predictor.parameters()], lr=1e-3, fused=True)
     nothing = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in FIELDS.items()}
     replay, mean_square = Replay(nothing, args.collect_steps), 0.0
@@ -476,6 +478,7 @@ for name in TASKS:
     gym.register(f"{name}-v0", Pointmass, kwargs={"task": name})
 
 
+# Random streams: (seed, step) trains from that step on, (.., 1) evaluates and collects the data, (.., 2) measures.
 def seeds(args: Args, *stream: int) -> list[int]:
     """Two numbers decided by (seed, stream): for a network, for an environment."""
     return [int(number) for number in np.random.SeedSequence((args.seed, *stream)).generate_state(2)]
@@ -537,9 +540,8 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     obs = replay.sample(512, rng, args.device).obs
     row = metrics.measure(network, obs)
     if step % (args.eval_every * args.plasticity_every) == 0:
-        adam, seed = {"lr": args.learning_rate, "eps": 1e-8}, int(rng.integers(2**31))
-        scores = metrics.plasticity(network, obs, adam, args.batch_size, args.plasticity_updates, seed)
-        row |= dict(zip(("plasticity", "plasticity_fresh"), scores))
+        probe = {"lr": args.learning_rate}, args.batch_size, args.plasticity_updates
+        row["plasticity"], row["plasticity_fresh"] = metrics.plasticity(network, obs, *probe, int(rng.integers(2**31)))
     return row
 
 
@@ -571,8 +573,8 @@ def check_injections(args: Args) -> None:
     """The injection settings agree with each other and with the length of the run."""
     steps, shown = args.injection_steps, " ".join(map(str, args.injection_steps))
     if args.injection_trigger or args.injection_threshold is not None:
-        whole = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
-        refuse(not whole, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
+        valid = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
+        refuse(not valid, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
     else:
         refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
     refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")

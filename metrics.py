@@ -2,8 +2,7 @@
 
 What is measured: pure functions of networks, weights and activations, which change no network and no random stream. A
 *unit* is an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and
-Linear, without biases and normalisation parameters. The README lists the papers that are cited. The record of a run:
-its folder, CSV log and checkpoint (class `Run`), and what a command does with a mistake.
+Linear, without biases and normalisation parameters. The README lists the papers that are cited.
 """
 
 import copy
@@ -104,7 +103,7 @@ def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold:
 def measure(network: nn.Sequential, obs: torch.Tensor) -> dict[str, float]:
     """All metrics of a network except `plasticity`, which costs more; and the norm of its gradient.
 
-    Those of activations are for `obs` (some hundred, for they bound the effective rank of the features), those of
+    Those of activations are for `obs` (hundreds, for they bound the effective rank of the features), those of
     gradients for the latest training batch, and absent before the first. Raises FloatingPointError for NaN or infinity.
     """
     eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
@@ -124,9 +123,9 @@ def plasticity(
 ) -> tuple[float, float]:
     """Percentage of a change of its function that the network learns, and that a freshly initialised twin of it learns.
 
-    A copy of each is trained for `updates` batches, by Adam with a fresh state, towards what it says on `obs` now plus
-    what another fresh network says, standardised to mean 0 and variance 1 per output. The score is 100 (1 - mean
-    squared error) after that, at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin: how hard it was.
+    A copy of the network is trained for `updates` batches, by Adam with a fresh state, towards what it says on `obs`
+    now plus what another fresh network says, standardised to mean 0 and variance 1 per output. The score is 100 (1 -
+    mean squared error), at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin is the yardstick.
     """
     scores = []
     with torch.random.fork_rng():
@@ -205,7 +204,7 @@ class Run:
 
     Training is a sequence of intervals, each from a fresh environment and random stream to a checkpoint: it can go on
     exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo). `state` is what the last
-    checkpoint holds by name, {} in a new run. Raises UserError where the folder is of another run, in use or damaged.
+    checkpoint holds by name, {} in a new run. Raises UserError if the folder is another run's, in use or damaged.
     """
 
     def __init__(self, folder: Path, settings: dict, steps: int, eval_every: int, columns: Iterable[str]):
@@ -247,7 +246,7 @@ class Run:
     def intervals(self) -> Iterator[tuple[int, Iterator[int]]]:
         """The intervals that are left, under a progress bar: the steps done before, and the steps of each."""
         with tqdm(total=self.steps, initial=self.step, unit="step", disable=None) as self.bar:
-            self.row_times = {self.step: time.perf_counter()}  # by step
+            self.row_times = {self.step: time.perf_counter()}  # by step: a row that is completed gets a new time
             for start in range(self.step, self.steps, self.eval_every):
                 self.end = min(start + self.eval_every, self.steps)
                 yield start, self._steps(start)
@@ -320,7 +319,8 @@ def command(train: Callable, defaults: object) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (FloatingPointError, OSError) as error:
-        print(f"error: {error}. When that is mended, {go_on}", file=sys.stderr)
+        advice = f"When that is mended, {go_on}" if isinstance(error, OSError) else "Start anew with other settings."
+        print(f"error: {error}. {advice}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"Stopped: {go_on}", file=sys.stderr)

@@ -79,7 +79,7 @@ def read_runs(folders: list[Path]) -> pd.DataFrame:
         raise ValueError("; ".join([f"no run in {', '.join(map(str, folders))}", *left_out]))
     sys.stderr.writelines(f"{reason}\n" for reason in left_out)
     for (_, variant), runs in pd.DataFrame(settings).T.groupby(["env", "variant"]):
-        differing = [key for key in runs if key != "seed" and runs[key].nunique() > 1]
+        differing = [key for key in runs if key != "seed" and runs[key].nunique(dropna=False) > 1]
         for run, values in runs[differing].iterrows():
             logs[run]["label"] = ", ".join([variant, *(f"{key}={value}" for key, value in values.items())])
     log = pd.concat(logs.values(), ignore_index=True)
@@ -142,9 +142,10 @@ def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator:
         if smooth:
             raw = CENTRES[estimator](curves(runs, column, 0).to_numpy(), axis=1)
             ax.plot(line.index, raw, color=colour, alpha=0.3, linewidth=0.7)
-    for label, step in log.loc[log.injected, ["label", "step"]].drop_duplicates().to_numpy():
-        dashes = (4 * list(styles).index(label), (4, 4))  # take turns where variants inject at the same step
-        ax.axvline(step, color=styles[label]["color"], linestyle=dashes, linewidth=1.2, label="injection")
+    for step, labels in log[log.injected].groupby("step").label.unique().items():
+        for turn, label in enumerate(labels):  # dashes of variants that inject at the same step take turns
+            dashes = (4 * turn, (4, 4 * max(1, len(labels) - 1)))
+            ax.axvline(step, color=styles[label]["color"], linestyle=dashes, linewidth=1.2, label="injection")
     levels = LEVELS.get(log.env.iloc[0], {}) if column.endswith("return") else {}
     if column == "score":
         first = log[log.label.str.startswith("standard")].groupby("run").score.first()
@@ -153,7 +154,7 @@ def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator:
     for (name, level), dashes in zip(levels.items(), ("--", ":")):
         if bottom <= level <= top or name in ("solved", "optimum"):  # the human level would flatten all curves
             ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1.2, label=f"{name}: {level:g}")
-    if "phase" in log:
+    if "phase" in log and (log.phase == "offline").any():
         end = log.step[log.phase == "offline"].max()
         ax.axvspan(0, end, color="0.93", zorder=0, label="offline part")  # behind the bands
 
@@ -178,8 +179,7 @@ def draw_figure(log: pd.DataFrame, columns: list[str], smooth: float, estimator:
         draw(ax, log.assign(step=log.step / unit), column, smooth, estimator)
         ax.set(xlabel=x_label, ylabel=COLUMNS[column])
         ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}{letter}" if x else "0")
-        handles, names = ax.get_legend_handles_labels()
-        entries |= dict(zip(names, handles))
+        entries |= {name: handle for handle, name in zip(*ax.get_legend_handles_labels())}
     beside = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "bbox_transform": ax.transAxes}
     figure.legend(entries.values(), [textwrap.fill(name, 34) for name in entries], frameon=False, **beside)
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")

@@ -237,6 +237,19 @@ def test_td_loss_by_hand():
     assert loss.item() == pytest.approx((25 + 196 + 0) / 3) and q_mean.item() == pytest.approx(2 / 3)
 
 
+@pytest.mark.filterwarnings("ignore:builtin type")  # of Box2D
+@pytest.mark.parametrize("env", ["MsPacman", "LunarLander"])
+def test_the_replay_holds_the_sign_of_an_atari_reward_and_any_other_as_it_is(env, monkeypatch):
+    stored, add = [], dqn.Replay.add
+    monkeypatch.setattr(
+        dqn.Replay, "add", lambda replay, *transition: (stored.append(transition[2]), add(replay, *transition))
+    )
+    monkeypatch.setattr(dqn, "evaluate", lambda *_: 0.0)
+    folder = dqn.train(dqn.Args(env=env, device="cpu", **SMALL | {"total_steps": 900, "eval_every": 900}))
+    returned = float(rows(folder)[-1]["train_return"])
+    assert {*stored} == {0.0, 1.0} and returned > 100 if env == "MsPacman" else min(stored) == -100
+
+
 def test_exploration_rate():
     rates = {"MsPacman": {0: 1.0, 20_000: 1.0, 510_000: 0.505, 1_000_000: 0.01, 2_000_000: 0.01}}
     rates |= {"LunarLander": {0: 1.0, 15_000: 0.55, 30_000: 0.1, 300_000: 0.1}, "Digits": {0: 0.05, 60_000: 0.05}}
@@ -453,5 +466,5 @@ def test_an_atari_games_full_id_means_its_short_name(capsys, tmp_path):
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message_and_keeps_the_log(capsys):
     flags = "--env CartPole-v1 --learning-rate 1e30 --learning-starts 1500 --total-steps 4000 --eval-every 1000"
     assert call(dqn, *flags.split()) == 1
-    assert "diverged" in capsys.readouterr().err
+    assert capsys.readouterr().err.endswith("training has diverged. Start anew with other settings.\n")
     assert [row["step"] for row in rows(Path("runs/CartPole-v1__standard__seed1"))] == ["1000"]

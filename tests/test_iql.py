@@ -121,6 +121,12 @@ def test_a_seed_decides_everything_and_an_episode_without_one_goes_on():
 
 
 # ---- the losses
+def test_the_critic_has_layer_norm_and_leaky_relu_where_the_paper_puts_them():
+    for settings, hidden in {(): ["Tanh"], ("layer_norm", "leaky_relu"): ["LayerNorm", "LeakyReLU"]}.items():
+        critic = iql.fresh_network(iql.Args(device="cpu", **dict.fromkeys(settings, True)), 0)
+        assert [type(layer).__name__ for layer in critic] == ["Linear", *hidden] * 2 + ["Linear"]
+
+
 def table(outputs: int) -> nn.Linear:
     """A network that is a table over three states."""
     return nn.Linear(3, outputs, bias=False)
@@ -134,10 +140,19 @@ def test_the_expectile_loss_and_the_clipped_weights_of_the_actor_by_hand():
     for expectile in (0.1, 0.5, 0.9, 0.99):
         by_hand = ((1 - expectile) * 4 + expectile * 0.25 + expectile * 9) / 3
         assert iql.expectile_loss(torch.tensor([-2.0, 0.5, 3.0]), expectile).item() == pytest.approx(by_hand)
-    q, v, state, no = table(2), table(1), torch.eye(3)[:1], torch.tensor([False])
-    q.weight.data.zero_(), v.weight.data.fill_(-9.0)
+    q, target_network, v, actor, state, no = (
+        table(2),
+        table(2),
+        table(1),
+        table(2),
+        torch.eye(3)[:1],
+        torch.tensor([False]),
+    )
+    for network, value in {q: -99.0, target_network: 0.0, v: -9.0, actor: 0.0}.items():
+        network.weight.data.fill_(value)
     batch, args = batch_of(state, torch.tensor([0]), torch.zeros(1), state, no, no), iql.Args(beta=1.0)
-    assert iql.iql_losses(q, q, v, q, batch, args)[2].item() == pytest.approx(100 * math.log(2), rel=1e-5)
+    actor_loss = iql.iql_losses(q, target_network, v, actor, batch, args)[2]
+    assert actor_loss.item() == pytest.approx(100 * math.log(2), rel=1e-5)
 
 
 def test_fixed_point_of_the_three_updates_on_a_chain():
@@ -158,7 +173,7 @@ def test_fixed_point_of_the_three_updates_on_a_chain():
         losses = iql.iql_losses(q, target_network, v, actor, batch, args)
         for parameter, gradient in zip(parameters, torch.autograd.grad(sum(losses[:3]), parameters)):
             parameter.data -= gradient
-        iql.polyak_update(target_network, q, 0.5)
+        iql.polyak_update(q, target_network, 0.3)
 
     # By hand, from the end backwards: the two actions are equally frequent, so V = tau * Q(on) + (1 - tau) * Q(stay),
     # for moving on is better; and Q(stay) = -1 + gamma * V. Solved for V:
@@ -172,6 +187,13 @@ def test_fixed_point_of_the_three_updates_on_a_chain():
         odds = math.exp(beta * (onward - value)) / math.exp(beta * (stay - value))
         assert actor.weight[:, s].softmax(0)[1].item() == pytest.approx(odds / (1 + odds), abs=1e-4)
         onward = -1 + gamma * value
+
+
+def test_the_target_network_moves_by_the_polyak_share_towards_q():
+    q, target_network = table(2), table(2)
+    q.weight.data.fill_(1.0), target_network.weight.data.zero_()
+    iql.polyak_update(q, target_network, 0.25)
+    assert (q.weight == 1).all() and (target_network.weight == 0.25).all()
 
 
 # ---- acting and evaluation
@@ -213,6 +235,7 @@ def test_an_injection_changes_nothing_at_that_moment_and_only_the_critic_after_i
 
     losses, args = iql.iql_losses, small_args(offline_steps=10, online_steps=5, injections=2)
     (_, plain), (checkpoint, injected) = recorded(small_args(offline_steps=10, online_steps=5)), recorded(args)
+    assert all(before != after for before, after in zip(plain[0], plain[1]))  # all four networks learn
     assert plain[:11] == injected[:11]  # injections before the updates of steps 11 and 13
     for first_update in (10, 12):  # which reaches the fresh network, and through it both Q and its target
         for i in (0, 1):
@@ -307,6 +330,20 @@ def test_a_run_through_the_command_line():
     assert np.array_equal(np.isfinite(picture["value"]), ~picture["maze"])
     assert picture["trajectories"].shape == (10, 101, 2) and picture["trajectories"].dtype == np.float32
     assert (picture["trajectories"][:, 0] == picture["start"]).all()
+
+
+def test_online_transitions_join_the_replay_and_measuring_changes_nothing(monkeypatch):
+    args = small_args(online_steps=120, eval_every=60)
+    state = torch.load(iql.train(args).rename("measured") / "checkpoint.pt")
+    monkeypatch.setattr(iql, "measurements", lambda *_: {})
+    unmeasured = torch.load(iql.train(args) / "checkpoint.pt")
+    for part in ("q", "target_network", "v", "actor", "replay"):
+        assert all(torch.equal(unmeasured[part][name], tensor) for name, tensor in state[part].items())
+    replay = {name: array.numpy() for name, array in state["replay"].items()}
+    follows = (replay["obs"][1:] == replay["next_obs"][:-1]).all(1)
+    # The interval that ends at step 60 holds 40 online steps; those after it hold 60 and 20, and no episode ends
+    assert len(replay["obs"]) == 120 and np.array_equal((~follows).nonzero()[0], [39, 99])
+    assert np.ptp(replay["action"]) == 4 and (replay["reward"] == -1).all()
 
 
 def test_l2_shrinks_the_critic():

@@ -173,6 +173,17 @@ def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
     bands = [band for band in ax.collections if band.get_paths() and len(band.get_paths()[0].vertices)]
     assert not bands  # of a single run there is none
     assert "single runs" in figure.get_suptitle() and "updates" in ax.get_xlabel()
+    online = read(*LOGS.glob("Pointmass*")).assign(phase="online")  # as with --offline-steps 0
+    assert "offline part" not in legend(draw(online, ["eval_return"]))
+
+
+def test_dashes_of_injections_at_the_same_step_take_turns(monkeypatch):
+    log = pd.concat([read(*LOGS.glob("PointmassHard__injection-1*")).assign(variant=i) for i in range(3)])
+    log = log.assign(label=pd.Categorical("injection-" + (log.variant + 1).astype(str)), run=log.variant.astype(str))
+    dashes = []
+    monkeypatch.setattr(plt.Axes, "axvline", lambda ax, step, linestyle, **_: dashes.append(linestyle))
+    draw(log, ["eval_return"])
+    assert dashes == [(4 * i, (4, 8)) for i in range(3)]
 
 
 def test_overview_has_every_column_and_no_empty_panel():
@@ -250,10 +261,12 @@ def test_other_settings_are_another_line_and_the_same_run_counts_once(tmp_path, 
     for folder, value in (("a", 0.001), ("b", 0.01)):
         for seed in (1, 2):
             write_run(tmp_path / folder, f"Task__l2-constant__seed{seed}", [1, 2], l2_lambda=value, gamma=0.9)
+    write_run(tmp_path / "c", "Task__l2-constant__seed1", [1, 2], l2_lambda=0.01)
     shutil.copytree(tmp_path / "b", tmp_path / "copy of b")
     assert command(tmp_path)[2].count("another folder holds the same run") == 2
     runs = read(tmp_path).groupby("label").run.nunique()
-    assert runs.to_dict() == {"l2-constant, l2_lambda=0.001": 2, "l2-constant, l2_lambda=0.01": 2}
+    one, other, lacking = "l2_lambda=0.001, gamma=0.9", "l2_lambda=0.01, gamma=0.9", "l2_lambda=0.01, gamma=nan"
+    assert runs.to_dict() == {f"l2-constant, {one}": 2, f"l2-constant, {other}": 2, f"l2-constant, {lacking}": 1}
 
 
 def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
