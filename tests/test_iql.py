@@ -140,14 +140,8 @@ def test_the_expectile_loss_and_the_clipped_weights_of_the_actor_by_hand():
     for expectile in (0.1, 0.5, 0.9, 0.99):
         by_hand = ((1 - expectile) * 4 + expectile * 0.25 + expectile * 9) / 3
         assert iql.expectile_loss(torch.tensor([-2.0, 0.5, 3.0]), expectile).item() == pytest.approx(by_hand)
-    q, target_network, v, actor, state, no = (
-        table(2),
-        table(2),
-        table(1),
-        table(2),
-        torch.eye(3)[:1],
-        torch.tensor([False]),
-    )
+    q, target_network, v, actor = table(2), table(2), table(1), table(2)
+    state, no = torch.eye(3)[:1], torch.tensor([False])
     for network, value in {q: -99.0, target_network: 0.0, v: -9.0, actor: 0.0}.items():
         network.weight.data.fill_(value)
     batch, args = batch_of(state, torch.tensor([0]), torch.zeros(1), state, no, no), iql.Args(beta=1.0)
