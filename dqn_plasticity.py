@@ -580,9 +580,8 @@ def check_injections(args: Args) -> None:
         refuse(not valid, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
     else:
         refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
-    refuse(list(steps) != sorted(set(steps)), f"--injection-steps {shown} must increase")
-    outside = steps and not 1 <= steps[0] <= steps[-1] <= args.total_steps
-    refuse(outside, f"--injection-steps {shown} must lie in 1..{args.total_steps}")
+    right = list(steps) == sorted({step for step in steps if 1 <= step <= args.total_steps})
+    refuse(not right, f"--injection-steps {shown} must increase and must lie in 1..{args.total_steps}")
 
 
 def main() -> int:
