@@ -38,7 +38,7 @@ from ale_py.vector_env import AtariVectorEnv
 from torch import nn
 
 import metrics
-from metrics import UserError, refuse
+from metrics import UserError, refuse, run_folder
 
 gym.register_envs(ale_py)
 
@@ -270,11 +270,12 @@ def train(args: Args) -> Path:
                 row |= measurements(args, step, trained(q), replay) | update  # its grad_norm is that before clipping
                 if update and args.injection_trigger in row:  # not before learning has started
                     smoothed = smooth(smoothed, row[args.injection_trigger])
+                if step == run.end:
+                    row["eval_return"] = evaluate(q, args, step)
                 run.log(row)
                 returns = []
 
         replay.end_episode()  # the next interval starts another
-        run.log({"step": step, "eval_return": evaluate(q, args, step)})
         if step == args.total_steps and args.env != "Digits":  # before the run counts as finished
             metrics.save_gif(run.folder / "episode.gif", episode(q, args), envs.metadata.get("render_fps", 15))
         run.save(step, q=q, target_network=target_network, optimizer=optimizer, replay=replay,
@@ -528,16 +529,7 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     return row
 
 
-# ---- the run's name, and checks of the settings
-def run_folder(args: Args) -> Path:
-    """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
-    parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
-    parts += ["layer-norm"] * args.layer_norm + ["leaky-relu"] * args.leaky_relu
-    if args.injections:
-        parts.append(f"injection-{args.injections}" + (f"-{args.injection_trigger}" if args.injection_trigger else ""))
-    return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
-
-
+# ---- checks of the settings
 AT_LEAST_1 = ("total_steps", "eval_every", "plasticity_every", "eval_episodes", "batch_size", "train_frequency")
 AT_LEAST_1 += ("target_network_frequency", "l2_on_steps")
 BOUNDS = dict.fromkeys(AT_LEAST_1, (1, np.inf)) | {"learning_rate": (1e-12, np.inf), "buffer_size": (2, np.inf)}
@@ -546,7 +538,7 @@ BOUNDS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction"), (
 
 def check(args: Args) -> None:
     """Raise UserError, saying what is wrong and what would be right, before anything is written."""
-    metrics.check(asdict(args), BOUNDS)
+    metrics.check(args, BOUNDS)
     check_injections(args)
     on_gpu, cpu = args.device == "cuda", torch.cpu.get_capabilities()
     has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else any(cpu[name] for name in cpu if "bf16" in name)

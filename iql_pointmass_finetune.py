@@ -43,7 +43,7 @@ from torch import nn
 from tqdm import tqdm
 
 import metrics
-from metrics import UserError, refuse
+from metrics import UserError, refuse, run_folder
 
 VERSION = 2  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "phase", "train_return", "eval_return", "q_loss", "v_loss", "actor_loss", "q_mean", "grad_norm")
@@ -247,10 +247,11 @@ def train(args: Args) -> Path:
                 row |= {"l2_lambda": l2_lambda} | measurements(args, step, trained(q), replay)
                 if args.injection_trigger in row:
                     smoothed = smooth(smoothed, row[args.injection_trigger])
+                if step == run.end:
+                    row["eval_return"] = evaluate(actor, args, step, args.eval_episodes)[0]
                 run.log(row)
                 returns = []
 
-        run.log({"step": step, "eval_return": evaluate(actor, args, step, args.eval_episodes)[0]})
         if step == args.total_steps:  # before the run counts as finished
             save_pictures(run.folder, args, data, v, actor)
         run.save(step, q=q, target_network=target_network, q_optimizer=q_optimizer,
@@ -545,16 +546,7 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     return row
 
 
-# ---- the run's name, and checks of the settings
-def run_folder(args: Args) -> Path:
-    """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
-    parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
-    parts += ["layer-norm"] * args.layer_norm + ["leaky-relu"] * args.leaky_relu
-    if args.injections:
-        parts.append(f"injection-{args.injections}" + (f"-{args.injection_trigger}" if args.injection_trigger else ""))
-    return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
-
-
+# ---- checks of the settings
 AT_LEAST_1 = ("eval_every", "plasticity_every", "eval_episodes", "batch_size", "collect_steps", "l2_on_steps")
 BOUNDS = dict.fromkeys(AT_LEAST_1, (1, np.inf)) | {"learning_rate": (1e-12, np.inf)}
 BOUNDS |= dict.fromkeys(("gamma", "expectile", "polyak"), (0, 1))
@@ -562,7 +554,7 @@ BOUNDS |= dict.fromkeys(("gamma", "expectile", "polyak"), (0, 1))
 
 def check(args: Args) -> None:
     """Raise UserError, saying what is wrong and what would be right, before anything is written."""
-    metrics.check(asdict(args), BOUNDS)
+    metrics.check(args, BOUNDS)
     check_injections(args)
     refuse(args.total_steps == 0, "--offline-steps and --online-steps must not both be 0")
     if args.dataset or dataset_path(args).exists():

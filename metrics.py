@@ -160,24 +160,13 @@ class CSVLog:
             raise OSError(f"{path} has lost rows since the last checkpoint, which needs all of them")
         self.file.truncate(offset)
         self.file.seek(offset)
-        self.row, self.row_start = {}, offset  # the last row, and the byte where it begins
         self.writer = csv.DictWriter(self.file, list(columns), lineterminator="\n")
         if not offset:
             self.writer.writeheader()
 
     def write(self, row: dict) -> None:
-        """Append a row, or complete the last one if it is of the same step. Raises ValueError for an unknown column."""
-        if row["step"] == self.row.get("step"):
-            row = self.row | row
-            self.file.seek(self.row_start)
-            self.file.truncate()
-        self.row, self.row_start = row, self.file.tell()
+        """Append a row. Raises ValueError for an unknown column."""
         self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-
-    def sync(self) -> int:
-        """Bring the rows to the disk and return the file's length in bytes, for a checkpoint."""
-        os.fsync(self.file.fileno())
-        return self.file.tell()
 
 
 class UserError(Exception):
@@ -189,14 +178,23 @@ def refuse(wrong: bool, message: str) -> None:
         raise UserError(message)
 
 
-def check(settings: dict, bounds: dict[str, tuple[float, float]]) -> None:
+def check(args, bounds: dict[str, tuple[float, float]]) -> None:
     """Raise UserError unless every number is finite and within its bounds, by default 0 or more; and the device."""
-    refuse(settings["device"] == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu")
-    for name, value in settings.items():
+    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu")
+    for name, value in vars(args).items():
         if isinstance(value, int | float):
             low, high = bounds.get(name, (0, math.inf))
             inside = low <= value <= high and value < math.inf
             refuse(not inside, f"--{name.replace('_', '-')} {value} must lie in {low}..{high}")
+
+
+def run_folder(args) -> Path:
+    """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
+    parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
+    parts += ["layer-norm"] * args.layer_norm + ["leaky-relu"] * args.leaky_relu
+    if args.injections:
+        parts.append(f"injection-{args.injections}" + (f"-{args.injection_trigger}" if args.injection_trigger else ""))
+    return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
 
 
 class Run:
@@ -246,7 +244,7 @@ class Run:
     def intervals(self) -> Iterator[tuple[int, Iterator[int]]]:
         """The intervals that are left, under a progress bar: the steps done before, and the steps of each."""
         with tqdm(total=self.steps, initial=self.step, unit="step", disable=None) as self.bar:
-            self.row_times = {self.step: time.perf_counter()}  # by step: a row that is completed gets a new time
+            self.latest = self.step, time.perf_counter()  # of the latest row
             for start in range(self.step, self.steps, self.eval_every):
                 self.end = min(start + self.eval_every, self.steps)
                 yield start, self._steps(start)
@@ -257,23 +255,24 @@ class Run:
             self.bar.update()
 
     def row_due(self, step: int) -> bool:
-        """Every 1,000 steps, and at the end of an interval, so that an evaluation has the metrics beside it."""
+        """Every 1,000 steps, and at the end of an interval, with its evaluation."""
         return step % LOG_EVERY == 0 or step == self.end
 
     def log(self, row: dict) -> None:
-        """Write a row of numbers and scalar tensors, or add to that of the same step. Raises FloatingPointError."""
+        """Write a row of numbers and scalar tensors. Raises FloatingPointError for NaN or infinity."""
         row = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
         if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
             raise FloatingPointError(f"training has diverged: {row}")
-        self.row_times[row["step"]] = time.perf_counter()
-        (previous, then), (step, now) = list(self.row_times.items())[-2:]
+        (previous, then), (step, now) = self.latest, (row["step"], time.perf_counter())
+        self.latest = step, now
         self.csv.write(row | {"steps_per_second": (step - previous) / (now - then)})
-        self.bar.set_postfix({name: x for name, x in self.csv.row.items() if "return" in name and x is not None})
+        self.bar.set_postfix({name: x for name, x in row.items() if "return" in name and x is not None})
 
     def save(self, step: int, **parts) -> None:
         """Save the parts by name: what has a state_dict by that, the rest as it is."""
         state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-        state |= {"step": step, "log_bytes": self.csv.sync()}
+        os.fsync(self.csv.file.fileno())  # the rows are on the disk before the checkpoint that counts on them
+        state |= {"step": step, "log_bytes": self.csv.file.tell()}
         file = io.BytesIO()  # on a full disk torch.save raises errors of its own, a plain write says what is wrong
         torch.save(state, file)
         replace_file(self.folder / "checkpoint.pt", file.getvalue())

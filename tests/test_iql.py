@@ -247,7 +247,7 @@ def test_both_scripts_hold_the_same_code():
         return {node.name: ast.get_source_segment(source, node) for node in nodes}
 
     ours, theirs = definitions("iql_pointmass_finetune.py"), definitions("dqn_plasticity.py")
-    same = "Injected trained inject smooth injection_due l2_coefficient squared_norm run_folder check_injections"
+    same = "Injected trained inject smooth injection_due l2_coefficient squared_norm check_injections"
     assert [name for name in same.split() if ours[name] != theirs[name]] == []
 
 
