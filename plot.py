@@ -211,7 +211,7 @@ def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
         interval = f" [{low:.4g}, {high:.4g}]" if runs.name.startswith(("eval", "score")) and low <= high else ""
         return f"{centre:.4g}{interval}"
 
-    columns = [column for column in COLUMNS if column in log and column not in ("score", "train_return")]
+    columns = [column for column in COLUMNS if column in log and column != "score"]
     runs = log[log.final].groupby(["label", "run"])[columns].mean()
     result = "score" if "score" in log else "eval_return"
     values = log.dropna(subset=result).groupby(["label", "run"])[result]

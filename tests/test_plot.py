@@ -41,12 +41,12 @@ def command(monkeypatch, capsys):
 
 
 def write_run(root, name, returns, erank=10.0, total=None, **settings):
-    """A DQN run with an evaluation at every row, 1,000 steps apart."""
+    """A DQN run with an evaluation at every row, 1,000 steps apart, and training returns of the other sign."""
     folder = Path(root) / name
     folder.mkdir(parents=True)
     settings |= {"seed": int(name[-1]), "total_steps": total or 1_000 * len(returns), "device": "cpu"}
     (folder / "config.json").write_text(json.dumps(settings))
-    rows = [f"{1_000 * (i + 1)},,{value},0,{erank},50" for i, value in enumerate(returns)]
+    rows = [f"{1_000 * (i + 1)},{-value},{value},0,{erank},50" for i, value in enumerate(returns)]
     (folder / "log.csv").write_text("\n".join([",".join(DQN), *rows, ""]))
     return folder
 
@@ -326,16 +326,17 @@ def test_table_and_markdown(tmp_path, command, monkeypatch):
     for seed, values in returns.items():
         write_run(tmp_path, f"Task__standard__seed{seed}", values, erank=seed)
     write_run(tmp_path, "Task__layer-norm__seed1", [7] * 20)
-    _, text, _ = command(tmp_path, columns=("eval_return", "erank"))
-    assert re.search(r"standard +2 +14\.25 \[9\.5, 19\] +27\.75 \[18\.5, 37\] +1\.5\n", text)
-    _, markdown, _ = command(tmp_path, "--table", columns=("eval_return", "erank"))
+    columns = ("eval_return", "train_return", "erank")
+    _, text, _ = command(tmp_path, columns=columns)
+    assert re.search(r"standard +2 +14\.25 \[9\.5, 19\] +27\.75 \[18\.5, 37\] +-27\.75 +1\.5\n", text)
+    _, markdown, _ = command(tmp_path, "--table", columns=columns)
     assert markdown.splitlines() == [
         "### Task",
         "",
-        "| variant | seeds | eval_return, whole run | eval_return | erank |",
-        "| --- | --- | --- | --- | --- |",
-        "| standard | 2 | 14.25 [9.5, 19] | 27.75 [18.5, 37] | 1.5 |",
-        "| layer-norm | 1 | 7 | 7 | 10 |",
+        "| variant | seeds | eval_return, whole run | eval_return | train_return | erank |",
+        "| --- | --- | --- | --- | --- | --- |",
+        "| standard | 2 | 14.25 [9.5, 19] | 27.75 [18.5, 37] | -27.75 | 1.5 |",
+        "| layer-norm | 1 | 7 | 7 | -7 | 10 |",
         "",
     ]
 
