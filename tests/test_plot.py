@@ -294,7 +294,7 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
 
 def test_a_variant_without_any_value_yet_is_left_out_of_its_panel(tmp_path, command):
     write_run(tmp_path, "Task__standard__seed1", [1, 2])
-    write_run(tmp_path, "Task__layer-norm__seed1", ["", ""], total=9_000)
+    write_run(tmp_path, "Task__layer-norm__seed1", [np.nan, np.nan], total=9_000)
     figure = draw(read(tmp_path), ["eval_return", "erank"])
     assert [len(ax.lines) for ax in figure.axes if ax.axison] == [2, 4]
     assert command(tmp_path)[0] == 0
