@@ -247,7 +247,7 @@ def draw_correlations(log: pd.DataFrame) -> plt.Figure:
     points = log.dropna(subset="plasticity").melt(["label", "plasticity"], metrics, "metric")
     colours = {label: style["color"] for label, style in line_styles(log.label.unique()).items()}
     look = {"s": 9, "alpha": 0.5, "linewidth": 0, "height": 2.6, "facet_kws": {"sharex": False}}
-    hues = {"hue": points.label.astype(str), "hue_order": list(colours), "palette": colours}
+    hues = {"hue": points.label.astype(str).rename("variant"), "hue_order": list(colours), "palette": colours}
     grid = sns.relplot(points, x="value", y="plasticity", col="metric", **hues, **look)
     return grid.set_axis_labels("", COLUMNS["plasticity"]).set_titles("{col_name}").figure
 
