@@ -66,7 +66,7 @@ class Args:
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
     plasticity_every: int = by_task(4, 1, 1)  # intervals (of eval_every steps) between measurements of plasticity
-    plasticity_updates: int = by_task(400, 75, 100)  # updates that it takes
+    plasticity_updates: int = by_task(400, 75, 100)  # updates of such a measurement
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
     # ---- Double DQN with Adam
     learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam
@@ -82,9 +82,9 @@ class Args:
     exploration_fraction: float = by_task(0.5, 0.1, 0.0)  # share of the run after which epsilon is at its last value
     max_grad_norm: float = by_task(10.0, 10.0, 0.0)  # longer gradients are scaled down to this norm; 0: never
     # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
-    injections: int = 0  # how many; with a trigger, at most
+    injections: int = 0  # how many plasticity injections; with a trigger, at most
     injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the second half of the run
-    injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
+    injection_trigger: Literal[metrics.METRICS] | None = None  # inject when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
     # ---- L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda

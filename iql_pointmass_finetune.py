@@ -65,7 +65,7 @@ class Args:
     online_steps: int = 100_000  # then environment steps, with an update after each
     eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
     plasticity_every: int = 1  # intervals (of eval_every steps) between measurements of plasticity
-    plasticity_updates: int = 100  # updates that it takes
+    plasticity_updates: int = 100  # updates of such a measurement
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
     # ---- Implicit Q-learning with Adam
     learning_rate: float = 3e-4  # step size of Adam, for all three networks
@@ -75,9 +75,9 @@ class Args:
     beta: float = 10.0  # inverse temperature of the actor: 0 imitates the data, more seeks value
     polyak: float = 0.005  # share of Q that enters the target network at every step
     # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
-    injections: int = 0  # how many; with a trigger, at most
+    injections: int = 0  # how many plasticity injections; with a trigger, at most
     injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the online phase, from its start
-    injection_trigger: Literal[metrics.METRICS] | None = None  # or when the moving average of this metric ...
+    injection_trigger: Literal[metrics.METRICS] | None = None  # inject when the moving average of this metric ...
     injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
     # ---- L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
