@@ -1,8 +1,8 @@
 """Figures and tables from the logs of both agents, also while runs are still going on: python plot.py runs/
 
 A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving
-average; its band is the 95 % bootstrap interval over the seeds. Where only some of the seeds have arrived, the line is
-of those and has no band. Runs whose settings differ are never averaged: each has a line that names what differs.
+average (thin: unsmoothed); its band is the 95 % bootstrap interval over the seeds. Where only some have arrived, the
+line is of those and has no band. Runs whose settings differ are never averaged: each has a line that names what differs.
 """
 
 import argparse
