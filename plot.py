@@ -2,7 +2,7 @@
 
 A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving
 average (thin: unsmoothed); its band is the 95 % bootstrap interval over the seeds. Where only some have arrived, the
-line is of those and has no band. Runs whose settings differ are never averaged: each has a line that names what differs.
+line is of those and has no band. Runs whose settings differ are never averaged: the line of each says what differs.
 """
 
 import argparse
