@@ -43,9 +43,9 @@ from metrics import UserError, refuse, run_folder
 gym.register_envs(ale_py)
 
 THREADS = torch.get_num_threads()  # before a run of a small network sets it to one
-VERSION = 4  # raised whenever the networks or what is saved of them change
+VERSION = 5  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
-COLUMNS += (*metrics.METRICS, "plasticity_fresh")
+COLUMNS += (*metrics.METRICS, *metrics.FRESH_METRICS)
 
 
 # ---- settings
@@ -65,8 +65,8 @@ class Args:
     bf16: bool = False  # update in bfloat16, weights stay float32: faster on Atari if the hardware has it
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = by_task(4, 1, 1)  # intervals (of eval_every steps) between measurements of plasticity
-    plasticity_updates: int = by_task(400, 75, 100)  # updates of such a measurement
+    plasticity_every: int = by_task(100_000, 2_000, 1_500)  # steps between measurements of plasticity
+    plasticity_updates: int = by_task(400, 70, 100)  # updates of such a measurement, a multiple of ten
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
     # ---- Double DQN with Adam
     learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam
@@ -94,7 +94,7 @@ class Args:
     l2_on_steps: int = by_task(500_000, 75_000, 4_000)  # periodic: steps with lambda (N in the paper)
     l2_off_steps: int = by_task(100_000, 15_000, 800)  # periodic: steps without it (M), then again
     # ---- The Q-network (paper 3.3)
-    layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
+    layer_norm: Literal["none", "before", "after"] = "none"  # LayerNorm of every hidden layer, before or after the activation
     leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of ReLU
 
     def __post_init__(self):
@@ -116,8 +116,12 @@ class QNetwork(nn.Sequential):
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         def hidden(layer: nn.Module, *shape: int) -> list[nn.Module]:
-            norm = [nn.LayerNorm(shape)] if args.layer_norm else []
-            return [layer, *norm, nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()]
+            activation = nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()
+            if args.layer_norm == "before":
+                return [layer, nn.LayerNorm(shape), activation]
+            if args.layer_norm == "after":
+                return [layer, activation, nn.LayerNorm(shape)]
+            return [layer, activation]
 
         actions = int(envs.single_action_space.n)
         if is_atari(args.env):
@@ -179,7 +183,7 @@ def l2_coefficient(args: Args, step: int) -> float:
     if args.l2 == "incremental":
         return args.l2_start + (args.l2_end - args.l2_start) * step / args.total_steps
     if args.l2 == "periodic":
-        return args.l2_lambda if step % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
+        return args.l2_lambda if (step - 1) % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
     return 0.0
 
 
@@ -264,11 +268,11 @@ def train(args: Args) -> Path:
                 episode_return = 0.0
                 obs, _ = envs.reset()
 
-            if run.row_due(step):
+            if run.row_due(step) or step % args.plasticity_every == 0:
                 row = {"step": step, "epsilon": epsilon, "l2_lambda": l2_coefficient(args, step)}
                 row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
                 row |= measurements(args, step, trained(q), replay) | update  # its grad_norm is that before clipping
-                if update and args.injection_trigger in row:  # not before learning has started
+                if update and row.get(args.injection_trigger) is not None:  # not before learning has started
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 if step == run.end:
                     row["eval_return"] = evaluate(q, args, step)
@@ -523,9 +527,16 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     rng = np.random.default_rng((args.seed, step, 2))
     obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
     row = metrics.measure(network, obs)
-    if step % (args.eval_every * args.plasticity_every) == 0:
-        probe = {"lr": args.learning_rate, "eps": args.adam_eps}, args.batch_size, args.plasticity_updates
-        row["plasticity"], row["plasticity_fresh"] = metrics.plasticity(network, obs, *probe, int(rng.integers(2**31)))
+    if step % args.plasticity_every == 0:
+        row |= metrics.measure_plasticity(
+            network,
+            obs,
+            seed=int(rng.integers(2**31)),
+            learning_rate=args.learning_rate,
+            adam_eps=args.adam_eps,
+            batch_size=args.batch_size,
+            updates=args.plasticity_updates,
+        )
     return row
 
 

@@ -45,9 +45,9 @@ from tqdm import tqdm
 import metrics
 from metrics import UserError, refuse, run_folder
 
-VERSION = 2  # raised whenever the networks or what is saved of them change
+VERSION = 3  # raised whenever the networks or what is saved of them change
 COLUMNS = ("step", "phase", "train_return", "eval_return", "q_loss", "v_loss", "actor_loss", "q_mean", "grad_norm")
-COLUMNS += ("l2_lambda", "injections", *metrics.METRICS, "plasticity_fresh")
+COLUMNS += ("l2_lambda", "injections", *metrics.METRICS, *metrics.FRESH_METRICS)
 
 
 # ---- settings
@@ -64,8 +64,8 @@ class Args:
     offline_steps: int = 100_000  # updates on the collected data alone
     online_steps: int = 100_000  # then environment steps, with an update after each
     eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = 1  # intervals (of eval_every steps) between measurements of plasticity
-    plasticity_updates: int = 100  # updates of such a measurement
+    plasticity_every: int = 2_000  # steps between measurements of plasticity
+    plasticity_updates: int = 100  # updates of such a measurement, a multiple of ten
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
     # ---- Implicit Q-learning with Adam
     learning_rate: float = 3e-4  # step size of Adam, for all three networks
@@ -87,7 +87,7 @@ class Args:
     l2_on_steps: int = 50_000  # periodic: steps with lambda (N in the paper)
     l2_off_steps: int = 10_000  # periodic: steps without it (M), then again
     # ---- The Q-network (paper 3.3)
-    layer_norm: bool = False  # LayerNorm after every hidden layer, before its activation
+    layer_norm: Literal["none", "before", "after"] = "none"  # LayerNorm of every hidden layer, before or after the activation
     leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of tanh
 
     def __post_init__(self):
@@ -103,12 +103,13 @@ class Args:
 
 
 # ---- network
-def mlp(*widths: int, layer_norm: bool = False, leaky_relu: bool = False) -> nn.Sequential:
+def mlp(*widths: int, layer_norm: str = "none", leaky_relu: bool = False) -> nn.Sequential:
     """Linear layers with tanh between them (ReLU does worse here)."""
     layers = []
     for inputs, outputs in itertools.pairwise(widths[:-1]):
-        layers += [nn.Linear(inputs, outputs)] + [nn.LayerNorm(outputs)] * layer_norm
+        layers += [nn.Linear(inputs, outputs)] + [nn.LayerNorm(outputs)] * (layer_norm == "before")
         layers += [nn.LeakyReLU(0.01) if leaky_relu else nn.Tanh()]
+        layers += [nn.LayerNorm(outputs)] * (layer_norm == "after")
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
 
@@ -153,7 +154,7 @@ def l2_coefficient(args: Args, step: int) -> float:
     if args.l2 == "incremental":
         return args.l2_start + (args.l2_end - args.l2_start) * step / args.total_steps
     if args.l2 == "periodic":
-        return args.l2_lambda if step % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
+        return args.l2_lambda if (step - 1) % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
     return 0.0
 
 
@@ -240,12 +241,12 @@ def train(args: Args) -> Path:
             optimizer.step()
             polyak_update(q, target_network, args.polyak)
 
-            if run.row_due(step):
+            if run.row_due(step) or step % args.plasticity_every == 0:
                 row = {"step": step, "phase": "online" if step > args.offline_steps else "offline"}
                 row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
                 row |= {"v_loss": v_loss, "q_loss": q_loss, "actor_loss": actor_loss, "q_mean": q_values.mean()}
                 row |= {"l2_lambda": l2_lambda} | measurements(args, step, trained(q), replay)
-                if args.injection_trigger in row:
+                if row.get(args.injection_trigger) is not None:
                     smoothed = smooth(smoothed, row[args.injection_trigger])
                 if step == run.end:
                     row["eval_return"] = evaluate(actor, args, step, args.eval_episodes)[0]
@@ -540,9 +541,16 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
     rng = np.random.default_rng((args.seed, step, 2))
     obs = replay.sample(512, rng, args.device).obs
     row = metrics.measure(network, obs)
-    if step % (args.eval_every * args.plasticity_every) == 0:
-        probe = {"lr": args.learning_rate}, args.batch_size, args.plasticity_updates
-        row["plasticity"], row["plasticity_fresh"] = metrics.plasticity(network, obs, *probe, int(rng.integers(2**31)))
+    if step % args.plasticity_every == 0:
+        row |= metrics.measure_plasticity(
+            network,
+            obs,
+            seed=int(rng.integers(2**31)),
+            learning_rate=args.learning_rate,
+            adam_eps=1e-8,
+            batch_size=args.batch_size,
+            updates=args.plasticity_updates,
+        )
     return row
 
 

@@ -28,10 +28,17 @@ from torch import nn
 from tqdm import tqdm
 
 # ---- what is measured
-# The metrics' columns in the log, and where each goes when plasticity is lost: up (1) or down (-1)
-DIRECTION_WHEN_LOST = {"erank": -1, "feature_erank": -1, "weight_magnitude": 1, "updated_units": -1, "dormant_units": 1,
-                     "plasticity": -1}  # fmt: skip
+# The metrics' columns in the log, and where each goes when plasticity is lost: up (1) or down (-1).
+DIRECTION_WHEN_LOST = {
+    "erank": -1,
+    "feature_erank": -1,
+    "weight_magnitude": 1,
+    "updated_units": -1,
+    "dormant_units": 1,
+    "plasticity": -1,
+}
 METRICS = tuple(DIRECTION_WHEN_LOST)
+FRESH_METRICS = ("plasticity_fresh", "feature_erank_fresh", "dormant_units_fresh")
 
 
 def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
@@ -39,6 +46,14 @@ def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
     if not torch.isfinite(tensor).all():
         raise FloatingPointError(f"{what} is NaN or infinite, as when training has diverged")
     return tensor
+
+
+def weighted_layers(network: nn.Module) -> list[nn.Module]:
+    """The Conv2d and Linear layers of any module, in the order in which they were registered.
+
+    The last one counts as the output layer, all others as hidden.
+    """
+    return [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
 def effective_rank(matrix: torch.Tensor) -> float:
@@ -58,11 +73,6 @@ def effective_rank(matrix: torch.Tensor) -> float:
     singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
     p = singular_values / singular_values.sum()
     return torch.special.entr(p).sum().exp().item()  # entr(p) = -p log p, and 0 at p = 0
-
-
-def weighted_layers(network: nn.Module) -> list[nn.Module]:
-    """The Conv2d and Linear layers from input to output. The last one is the output layer, the others are hidden."""
-    return [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
 
 
 def weight_magnitude(network: nn.Module) -> float:
@@ -100,51 +110,121 @@ def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold:
 
 
 @torch.no_grad()
-def measure(network: nn.Sequential, obs: torch.Tensor) -> dict[str, float]:
+def measure_activations(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
+    """`feature_erank`, of what enters the last Linear layer, and `dormant_units`, for the observations `obs`.
+
+    There should be hundreds of observations, for their number bounds the effective rank. Dormant units are None without
+    ReLU or LeakyReLU modules: a saturated tanh unit is as dead as a silent ReLU, but has the largest |activation|.
+    """
+    activations = []
+    features = []
+
+    def keep_output(module, inputs, output):
+        activations.append(output)
+
+    def keep_input(module, inputs):
+        features.append(inputs[0])
+
+    linear_layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
+    hooks = [linear_layers[-1].register_forward_pre_hook(keep_input)]
+    for module in network.modules():
+        if isinstance(module, nn.ReLU | nn.LeakyReLU):
+            hooks.append(module.register_forward_hook(keep_output))
+    network(obs)
+    for hook in hooks:
+        hook.remove()
+    return {
+        "feature_erank": effective_rank(features[-1]),
+        "dormant_units": dormant_units(activations) if activations else None,
+    }
+
+
+@torch.no_grad()
+def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
     """All metrics of a network except `plasticity`, which costs more; and the norm of its gradient.
 
-    Those of activations are for `obs` (hundreds, for they bound the effective rank of the features), those of
-    gradients for the latest training batch, and absent before the first. Raises FloatingPointError for NaN or infinity.
+    Those of gradients are for the latest training batch, and absent before the first. Raises FloatingPointError for NaN
+    or infinity.
     """
     eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
-    outputs = list(itertools.accumulate(network, lambda x, layer: layer(x), initial=obs))[1:]
-    activations = [x for layer, x in zip(network, outputs) if isinstance(layer, nn.ReLU | nn.LeakyReLU | nn.Tanh)]
     metrics = {"erank": sum(eranks) / len(eranks), "weight_magnitude": weight_magnitude(network)}
-    metrics["feature_erank"] = effective_rank(activations[-1])  # (batch, width), what enters the last Linear
-    metrics["dormant_units"] = dormant_units(activations)
+    metrics |= measure_activations(network, obs)
     gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     if gradients:
         metrics |= {"updated_units": updated_units(network), "grad_norm": nn.utils.get_total_norm(gradients).item()}
     return metrics
 
 
-def plasticity(
-    network: nn.Sequential, obs: torch.Tensor, adam: dict[str, float], batch_size: int, updates: int, seed: int
-) -> tuple[float, float]:
-    """Percentage of a change of its function that the network learns, and that a freshly initialised twin of it learns.
+def fresh_twin(network: nn.Module, seed: int) -> nn.Module:
+    """A copy of a network, with every layer initialised anew by its own `reset_parameters`.
 
-    A copy of the network is trained for `updates` batches, by Adam with a fresh state, towards what it says on `obs`
-    now plus what another fresh network says, standardised to mean 0 and variance 1 per output. The score is 100 (1 -
-    mean squared error), at least 0 (after Lyle et al. 2022, 2023, Moalla et al. 2024). The twin is the yardstick.
+    Raises ValueError for a parameter that no such layer owns, for nobody can say here how it was initialised.
     """
-    scores = []
+    twin = copy.deepcopy(network)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        same, twin, source = (copy.deepcopy(network) for _ in range(3))
-        for layer in (*twin, *source):
-            getattr(layer, "reset_parameters", lambda: None)()  # activations have none
-        batches = torch.randint(len(obs), (updates, batch_size), device=obs.device)
-    change = source(obs).detach()
+        for layer in twin.modules():
+            if hasattr(layer, "reset_parameters"):
+                layer.reset_parameters()
+            elif list(layer.parameters(recurse=False)):
+                raise ValueError(f"{type(layer).__name__} has parameters, but no reset_parameters() to make them fresh")
+    return twin
+
+
+def plasticity(
+    network: nn.Module,
+    obs: torch.Tensor,
+    learning_rate: float = 1e-3,
+    adam_eps: float = 1e-8,
+    batch_size: int = 32,
+    updates: int = 100,
+    seed: int = 0,
+) -> float | None:
+    """How fast a copy of the network learns a change of its function: 0 (not at all) to 100 (at once).
+
+    The change c is what another, freshly initialised network outputs for the observations `obs`, standardised per
+    output to mean 0 and variance 1. Adam, its state fresh, trains the copy so that its output minus the network's
+    equals c. The error of a batch is taken before its update. The updates, a multiple of ten, are cut into ten parts;
+    the mean error of each is capped at 1, that of learning nothing, and the score is 100 (1 - mean of the ten): the
+    area above the learning curve (after Lyle et al. 2022, 2023, Moalla et al. 2024). None if all observations are
+    alike, for then there is no change to learn.
+    """
+    if (obs == obs[0]).all():
+        return None
+    generator = torch.Generator().manual_seed(seed)
+    batches = torch.randint(len(obs), (updates, batch_size), generator=generator).to(obs.device)
+    source = fresh_twin(network, seed=int(torch.randint(2**31, (), generator=generator)))
+    learner = copy.deepcopy(network)
+    with torch.no_grad():
+        before = learner(obs)
+        change = source(obs)
     change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
-    for learner in (same, twin):
-        target = learner(obs).detach() + change
-        optimizer = torch.optim.Adam(learner.parameters(), **adam, fused=True)
-        for batch in batches:
-            optimizer.zero_grad()
-            nn.functional.mse_loss(learner(obs[batch]), target[batch]).backward()
-            optimizer.step()
-        scores.append(max(0.0, 100 * (1 - nn.functional.mse_loss(learner(obs), target).item())))
-    return tuple(scores)
+    optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
+    errors = []
+    for batch in batches:
+        error = nn.functional.mse_loss(learner(obs[batch]) - before[batch], change[batch])
+        optimizer.zero_grad()
+        error.backward()
+        optimizer.step()
+        errors.append(error.detach())
+    # A copy that diverges has learned nothing.
+    curve = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf).view(10, -1)
+    return 100 * (1 - curve.mean(1).clamp(max=1).mean().item())
+
+
+def measure_plasticity(network: nn.Module, obs: torch.Tensor, seed: int, **probe) -> dict[str, float | None]:
+    """`plasticity`, and what depends on the observations, too, of a freshly initialised twin: the level to compare with.
+
+    `probe`: the arguments of `plasticity`.
+    """
+    twin = fresh_twin(network, seed)
+    activations = measure_activations(twin, obs)
+    return {
+        "plasticity": plasticity(network, obs, seed=seed, **probe),
+        "plasticity_fresh": plasticity(twin, obs, seed=seed, **probe),
+        "feature_erank_fresh": activations["feature_erank"],
+        "dormant_units_fresh": activations["dormant_units"],
+    }
 
 
 # ---- the record of a run
@@ -191,7 +271,7 @@ def check(args, bounds: dict[str, tuple[float, float]]) -> None:
 def run_folder(args) -> Path:
     """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
     parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
-    parts += ["layer-norm"] * args.layer_norm + ["leaky-relu"] * args.leaky_relu
+    parts += [f"layer-norm-{args.layer_norm}"] * (args.layer_norm != "none") + ["leaky-relu"] * args.leaky_relu
     if args.injections:
         parts.append(f"injection-{args.injections}" + (f"-{args.injection_trigger}" if args.injection_trigger else ""))
     return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
