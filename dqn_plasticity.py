@@ -132,8 +132,8 @@ class Args:
     # Longer gradients are scaled down to this norm. 0 means never.
     max_grad_norm: float = None
 
-    # How many plasticity injections, with a trigger at most. By default as many as injection steps.
-    injections: int = None
+    # How many plasticity injections; with a trigger, at most. By default one at each step given.
+    injections: int | None = None
     # At which steps to inject. By default evenly over the second half of the run.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses the threshold.
@@ -141,7 +141,7 @@ class Args:
     # The trigger fires above it for weight_magnitude and dormant_units, below it for the others.
     injection_threshold: float | None = None
 
-    # Schedule of lambda: the loss is increased by lambda times the squared norm of all weights.
+    # Schedule of lambda, which multiplies the squared norm of the parameters in the loss.
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"
     # Lambda of constant and periodic L2.
     l2_lambda: float = None

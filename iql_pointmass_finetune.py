@@ -100,8 +100,8 @@ class Args:
     # Share of Q that enters the target network at every step.
     polyak: float = 0.005
 
-    # How many plasticity injections, with a trigger at most. By default as many as injection steps.
-    injections: int = None
+    # How many plasticity injections; with a trigger, at most. By default one at each step given.
+    injections: int | None = None
     # At which steps to inject. By default evenly over the online phase.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses the threshold.
@@ -109,7 +109,7 @@ class Args:
     # The trigger fires above it for weight_magnitude and dormant_units, below it for the others.
     injection_threshold: float | None = None
 
-    # Schedule of lambda: the loss is increased by lambda times the squared norm of all weights.
+    # Schedule of lambda, which multiplies the squared norm of the parameters in the loss.
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"
     # Lambda of constant and periodic L2.
     l2_lambda: float = 1e-4
@@ -425,8 +425,10 @@ def sample_actions(actor: nn.Module, obs: np.ndarray, rng: np.random.Generator) 
     It is the largest of logits plus Gumbel noise, which has just that distribution.
     """
     device = next(actor.parameters()).device
-    logits = actor(torch.as_tensor(obs, device=device)).cpu().numpy()
-    return (logits + rng.gumbel(size=logits.shape)).argmax(1)
+    inputs = torch.as_tensor(obs, device=device)
+    logits = actor(inputs).cpu().numpy()
+    noise = rng.gumbel(size=logits.shape)
+    return (logits + noise).argmax(1)
 
 
 # ==================================================================================================
@@ -467,8 +469,9 @@ class Replay:
         self.arrays = {}
         for name, (dtype, shape) in FIELDS.items():
             self.data_checksum = zlib.crc32(data[name].tobytes(), self.data_checksum)
-            self.arrays[name] = np.zeros((self.offline_size + room, *shape), dtype)
-            self.arrays[name][: self.offline_size] = data[name]
+            array = np.zeros((self.offline_size + room, *shape), dtype)
+            array[: self.offline_size] = data[name]
+            self.arrays[name] = array
 
     def add(self, obs, action, reward, next_obs, terminated, truncated) -> None:
         self.arrays["obs"][self.size] = obs
@@ -483,7 +486,8 @@ class Replay:
         rows = rng.integers(self.size, size=batch_size)
         columns = {}
         for name, array in self.arrays.items():
-            columns[name] = torch.as_tensor(array[rows], device=device).view(batch_size, -1)
+            column = torch.as_tensor(array[rows], device=device)
+            columns[name] = column.view(batch_size, -1)
         return Batch(**columns)
 
     def state_dict(self) -> dict:
@@ -524,7 +528,9 @@ def collect(args: Args) -> dict[str, np.ndarray]:
         nn.init.normal_(parameter)  # larger than by default, or there is little to predict
     learners = [*q.parameters(), *predictor.parameters()]
     optimizer = torch.optim.Adam(learners, lr=EXPLORER_LEARNING_RATE, fused=True)
-    no_data = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in FIELDS.items()}
+    no_data = {}
+    for name, (dtype, shape) in FIELDS.items():
+        no_data[name] = np.zeros((0, *shape), dtype)
     replay = Replay(no_data, args.collect_steps)
     mean_square = 0.0  # of the errors of the latest 100 updates or so
     steps = range(1, args.collect_steps + 1)
@@ -547,7 +553,8 @@ def collect(args: Args) -> dict[str, np.ndarray]:
             next_action = q(batch.next_obs).argmax(1, keepdim=True)
             next_value = target_network(batch.next_obs).gather(1, next_action)
             td_target = novelty + EXPLORER_GAMMA * next_value
-        q_loss = nn.functional.mse_loss(q(batch.obs).gather(1, batch.action), td_target)
+        q_value = q(batch.obs).gather(1, batch.action)
+        q_loss = nn.functional.mse_loss(q_value, td_target)
         optimizer.zero_grad()
         (q_loss + error.mean()).backward()
         optimizer.step()
@@ -576,13 +583,15 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} lacks {', '.join(missing)}; it must hold {needed}")
     for name, (dtype, shape) in FIELDS.items():
         array = data[name]
-        needed = (*data["obs"].shape[:1], *shape)
+        transitions = len(data["obs"])
+        needed = (transitions, *shape)
         if array.dtype != dtype or array.shape != needed or array.size == 0:
             expected = f"{dtype} of shape (transitions{', 2' if shape else ''})"
             found = f"{array.dtype} of shape {array.shape}"
             raise UserError(f"{path}: {name} is {found}; it must be {expected}")
         low, high = RANGES.get(name, (0, 1))
-        if not ((low <= array) & (array <= high)).all():
+        inside = (low <= array) & (array <= high)
+        if not inside.all():
             found = f"{array.min()}..{array.max()}"
             raise UserError(f"{path}: {name} must lie in {low}..{high}, but lies in {found}")
     return data
@@ -598,8 +607,9 @@ def offline_data(args: Args) -> dict[str, np.ndarray]:
     """The data set of --dataset, or the one collected for this task and seed, now if need be."""
     path = dataset_path(args)
     if not args.dataset:
-        # Several runs of this seed may start at once.
-        with filelock.FileLock(path.with_name(f".{path.stem}.lock")):
+        # Several runs of this seed may start at once, and one of them collects the data for all.
+        lock = filelock.FileLock(path.with_name(f".{path.stem}.lock"))
+        with metrics.acquire(lock, of=path, timeout=600):
             if not path.exists():
                 save_arrays(path, collect(args))
     data = read_dataset(path)
@@ -616,7 +626,9 @@ def coverage(args: Args, data: dict[str, np.ndarray]) -> np.ndarray:
     """How often the data visit each cell of the map."""
     size = Pointmass(args.env).size
     x, y = size * data["next_obs"].T
-    return np.histogram2d(x, y, bins=size, range=[(0, size), (0, size)])[0]
+    edges = np.arange(size + 1)
+    visits, _, _ = np.histogram2d(x, y, bins=edges)
+    return visits
 
 
 # ---- the maze
@@ -646,8 +658,9 @@ class Pointmass(gym.Env):
 
     def __init__(self, task: str = "PointmassHard", render_mode: str | None = None):
         rows, scale, self.start, self.goal, self.radius, self.time_limit = TASKS[task]
-        small = np.array([[cell == "1" for cell in row] for row in rows.split()])
-        self.walls = small.repeat(scale, 0).repeat(scale, 1)
+        cells = np.array([list(row) for row in rows.split()])
+        walls = cells == "1"
+        self.walls = walls.repeat(scale, 0).repeat(scale, 1)
         self.size = len(self.walls)
         # Plain lists and floats are ten times faster than NumPy on two numbers. The far edge
         # belongs to the last cell.
@@ -698,11 +711,13 @@ class Pointmass(gym.Env):
         axis = (np.arange(16 * self.size) + 0.5) / 16  # 16 pixels per cell
         rows, columns = np.meshgrid(axis, axis, indexing="ij")
         shade = np.where(self.walls, 60, 255).astype(np.uint8)
-        image = shade.repeat(16, 0).repeat(16, 1)[..., None].repeat(3, 2)
-        near_goal = np.hypot(rows - self.goal[0], columns - self.goal[1]) < self.radius
-        near_point = np.hypot(rows - self.x, columns - self.y) < 0.4
-        image[near_goal] = (90, 190, 90)
-        image[near_point] = (220, 50, 50)
+        shade = shade.repeat(16, 0).repeat(16, 1)
+        image = np.stack([shade, shade, shade], axis=2)
+        goal_x, goal_y = self.goal
+        goal_distance = np.hypot(rows - goal_x, columns - goal_y)
+        point_distance = np.hypot(rows - self.x, columns - self.y)
+        image[goal_distance < self.radius] = (90, 190, 90)
+        image[point_distance < 0.4] = (220, 50, 50)
         return image
 
 
@@ -737,17 +752,23 @@ def play(actor: nn.Module, args: Args, step: int, episodes: int) -> tuple[float,
     The positions have shape (episodes, time limit + 1, 2), and are NaN when an episode is over.
     """
     rng = np.random.default_rng((args.seed, step, 1))
-    envs = [Pointmass(args.env) for _ in range(episodes)]
-    obs = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs])
-    positions = np.full((episodes, envs[0].time_limit + 1, 2), np.nan, np.float32)
-    positions[:, 0] = envs[0].start
+    envs = []
+    obs = np.zeros((episodes, 2), np.float32)
+    for i in range(episodes):
+        env = Pointmass(args.env)
+        seed = int(rng.integers(2**31))
+        obs[i], _ = env.reset(seed=seed)
+        envs.append(env)
+    positions = np.full((episodes, env.time_limit + 1, 2), np.nan, np.float32)
+    positions[:, 0] = env.start
     total = 0.0
     running = list(range(episodes))
     while running:
         actions = sample_actions(actor, obs[running], rng)
         for i, action in zip(running.copy(), actions):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            positions[i, envs[i].elapsed] = (envs[i].x, envs[i].y)
+            env = envs[i]
+            obs[i], reward, terminated, truncated, _ = env.step(action)
+            positions[i, env.elapsed] = (env.x, env.y)
             total += reward
             if terminated or truncated:
                 running.remove(i)
@@ -760,10 +781,12 @@ def save_pictures(
 ) -> None:
     """picture.npz: what plot.py draws, on the cells of the map. episode.gif: one trajectory."""
     env = Pointmass(args.env)
-    cells = np.stack(np.indices(env.walls.shape), -1).reshape(-1, 2)
+    rows, columns = np.indices(env.walls.shape)
+    cells = np.stack([rows.ravel(), columns.ravel()], axis=1)
     centres = (cells + 0.5) / env.size
     obs = torch.as_tensor(centres, dtype=torch.float32, device=args.device)
-    value = v(obs).cpu().numpy().reshape(env.walls.shape)
+    values = v(obs).cpu().numpy()
+    value = values.reshape(env.walls.shape)
     _, trajectories = play(actor, args, args.total_steps, episodes=10)
     arrays = {
         "maze": env.walls,
@@ -794,7 +817,8 @@ def measurements(
     They are drawn by a random stream of their own, so that measuring changes nothing.
     """
     rng = np.random.default_rng((args.seed, step, 2))
-    obs = replay.sample(512, rng, args.device).obs
+    batch = replay.sample(512, rng, args.device)
+    obs = batch.obs
     probe = dict.fromkeys(metrics.PROBED)
     if step % args.plasticity_every == 0:
         probe = metrics.measure_plasticity(

@@ -8,8 +8,10 @@ Linear, without biases and normalisation parameters. The README lists the papers
 The second half is a run's folder, log and checkpoint, which a reader may skip.
 """
 
+import contextlib
 import copy
 import csv
+import inspect
 import io
 import itertools
 import json
@@ -329,9 +331,7 @@ def check_kinds(args) -> None:
         value = getattr(args, name)
         waits = value is None and getattr(type(args), name) is None
         if not waits and not is_of_kind(value, kind):
-            expected = getattr(kind, "__name__", str(kind))
-            if typing.get_origin(kind):
-                expected = str(kind).replace("typing.", "")
+            expected = inspect.formatannotation(kind)
             raise UserError(f"{flag(name)} {value!r} must be {expected}")
 
 
@@ -367,6 +367,15 @@ def run_folder(args) -> Path:
     return Path("runs") / f"{args.env.replace('/', '-')}__{variant}__seed{args.seed}"
 
 
+def acquire(lock: filelock.FileLock, of: Path, timeout: float) -> contextlib.AbstractContextManager:
+    """Acquire a lock within `timeout` seconds. Raises UserError, saying how to break it."""
+    try:
+        return lock.acquire(timeout=timeout)
+    except filelock.Timeout:
+        advice = f"if no run is using it, here or on another machine, delete {lock.lock_file}"
+        raise UserError(f"{of} is in use by another process; {advice}") from None
+
+
 class Run:
     """A run's folder with config.json, log.csv and checkpoint.pt, and how far the run has come.
 
@@ -390,11 +399,7 @@ class Run:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            advice = f"if none runs here or on another machine, delete {self.lock.lock_file}"
-            raise UserError(f"{self.folder} is in use by another process; {advice}") from None
+        acquire(self.lock, of=self.folder, timeout=0)
         self.threads = torch.get_num_threads()
         try:
             self.open()
@@ -516,18 +521,15 @@ class Run:
         speed = (row["step"] - self.row_step) / (now - self.row_time)
         self.row_step = row["step"]
         self.row_time = now
-        self.write({**numbers, "steps_per_second": speed})
+        numbers["steps_per_second"] = speed
+
+        writer = csv.writer(self.log_file, lineterminator="\n")
+        if self.log_file.tell() == 0:
+            writer.writerow(numbers)
+        cells = numbers.values()
+        writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
         returns = {name: value for name, value in numbers.items() if "return" in name and value}
         self.bar.set_postfix(returns)
-
-    def write(self, row: dict) -> None:
-        writer = csv.DictWriter(self.log_file, list(row), lineterminator="\n")
-        if self.log_file.tell() == 0:
-            writer.writeheader()
-        shown = {}
-        for name, value in row.items():
-            shown[name] = f"{value:.6g}" if isinstance(value, float) else value
-        writer.writerow(shown)
 
     def save(self, state: dict) -> None:
         """Save a checkpoint, which the next start finds as `checkpoint`."""
