@@ -1,17 +1,18 @@
 """Figures and tables from the logs of both agents, also of unfinished runs: python plot.py runs/
 
-A line is the mean over the seeds of a variant, of the moving averages of its runs. The thin line
-is not smoothed. The band is the 95 % t-interval over the seeds. Where only some of the seeds have
-arrived, the line is their mean and has no band.
+A line is the mean over the seeds of a variant, its band the 95 % t-interval. Where only some of
+the seeds have arrived, the line is their mean and has no band. Returns are moving averages, with
+a thin line of what is not smoothed; nothing else is smoothed.
 
 Runs whose settings differ are never averaged: each gets a line of its own, which names the
-settings that differ. The table compares a variant with the standard agent seed by seed: each run
-with the standard run of the same seed and otherwise the same settings.
+settings that differ. Variants are compared with the standard agent seed by seed: each run with
+the standard run of the same seed and otherwise the same settings.
 """
 
 import argparse
 import io
 import json
+import math
 import os
 import signal
 import sys
@@ -24,21 +25,24 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import seaborn as sns
+from matplotlib.ticker import EngFormatter
 
 from metrics import DIRECTION_WHEN_LOST
 
-# What is drawn, where the logs hold it
+# What is drawn, where the logs hold it, and what a person calls it
 COLUMNS = {
-    "score": "correct actions in a task (%)",
-    "eval_return": "evaluation return (sum of rewards)",
-    "train_return": "training return (sum of rewards)",
-    "erank": "average effective rank",
-    "feature_erank": "effective rank of the features",
-    "weight_magnitude": "weight magnitude (mean |w|)",
-    "updated_units": "updated units (%)",
-    "dormant_units": "dormant units (%)",
-    "plasticity": "plasticity (%)",
+    "score": "Score: correct answers in a task (%)",
+    "eval_return": "Evaluation return",
+    "train_return": "Training return",
+    "erank": "Effective rank of the weights",
+    "feature_erank": "Effective rank of the features",
+    "weight_magnitude": "Mean size of a weight",
+    "updated_units": "Updated units (%)",
+    "dormant_units": "Dormant units (%)",
+    "plasticity": "Plasticity (%)",
 }
+SMOOTHED = ("eval_return", "train_return")
+RESULTS = ("score", *SMOOTHED)  # these have a figure of their differences from the standard agent's
 
 # All variants whose names begin like this have this colour, in every figure. The legends have this
 # order. A variant that begins like none of them has the last colour.
@@ -48,14 +52,18 @@ COLOURS = {
     "injection-1": blue,
     "injection-2": orange,
     "injection-3-plasticity": yellow,
+    "injection-3-updated_units": "olive",
     "injection-3": green,
     "l2-constant": purple,
     "l2-incremental": pink,
     "l2-periodic": brown,
+    "layer-norm-after": "maroon",
     "layer-norm": red,
     "leaky-relu": sky,
     "": grey,
 }
+FONT_SCALE = 0.9
+ALL = "0.5"  # the grey of legend entries that stand for all variants
 
 # Returns that are known from elsewhere, drawn as horizontal lines
 LEVELS = {
@@ -69,7 +77,7 @@ DIGITS_TASK = (
 
 # Settings that begin like this belong to a remedy. Only they may differ between a run and the
 # standard run that it is compared with.
-REMEDIES = ("injection", "l2", "layer_norm", "leaky_relu")
+REMEDIES = ("variant", "injection", "l2", "layer_norm", "leaky_relu")
 
 
 # ---- reading
@@ -85,18 +93,17 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     settings = json.loads((folder / "config.json").read_text())
     log = read_log(folder / "log.csv")
 
-    total_steps = settings.get("total_steps")
-    if total_steps is None:
-        total_steps = settings["offline_steps"] + settings["online_steps"]
-    finished = log.step.max() >= total_steps
+    total = settings.get("total_steps") or settings["offline_steps"] + settings["online_steps"]
+    finished = log.step.max() >= total
     if not finished:
         step = f"{log.step.max():,.0f}"
         print(f"{folder}: unfinished at step {step}, not in the table", file=sys.stderr)
 
-    log["final"] = finished & (log.step > 0.9 * total_steps)  # the last 10 % of a finished run
+    log["final"] = finished & (log.step > 0.9 * total)  # the last 10 % of a finished run
     log["injected"] = False
     if "injections" in log:
         log["injected"] = log.injections > log.injections.shift(fill_value=0)
+    log["triggered"] = settings.get("injection_trigger") is not None
     if env == "Digits" and "train_return" in log:
         log["score"] = 100 * log.pop("train_return") / DIGITS_TASK
 
@@ -104,8 +111,9 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     settings["env"] = env
     settings["variant"] = variant
     settings = {key: str(value) for key, value in settings.items()}
-    log = log.assign(run=str(folder), env=env, variant=variant, pair=pair_of(settings))
-    return log, settings
+    shared = {key: value for key, value in settings.items() if not key.startswith(REMEDIES)}
+    pair = json.dumps(shared, sort_keys=True)  # the same for the standard run to compare it with
+    return log.assign(run=str(folder), env=env, variant=variant, pair=pair), settings
 
 
 def read_log(path: Path) -> pd.DataFrame:
@@ -115,27 +123,14 @@ def read_log(path: Path) -> pd.DataFrame:
         raise ValueError("log.csv is empty")
     commas = lines[0].count(",")
     whole = [line for line in lines if line.endswith("\n") and line.count(",") == commas]
-    left_out = len(lines) - len(whole)
-
     numbers = ["step", "injections", *COLUMNS]
     log = pd.read_csv(io.StringIO("".join(whole)), dtype=dict.fromkeys(numbers, float))
-    if "step" not in log:
-        raise ValueError("log.csv has no column step")
-    log = log.dropna(subset="step")
-    if log.empty:
+    if "step" not in log or log.step.isna().all():
         raise ValueError("log.csv has no row yet")
-    if left_out:
+    if len(whole) < len(lines):
+        left_out = len(lines) - len(whole)
         print(f"{path}: left out {left_out} damaged or half-written line(s)", file=sys.stderr)
-    return log
-
-
-def pair_of(settings: dict[str, str]) -> str:
-    """Returns what a run shares with the standard run it is compared with: all but the remedy."""
-    shared = {}
-    for key, value in settings.items():
-        if key != "variant" and not key.startswith(REMEDIES):
-            shared[key] = value
-    return json.dumps(shared, sort_keys=True)
+    return log.dropna(subset="step")
 
 
 def folders_below(roots: list[Path]) -> list[Path]:
@@ -157,13 +152,6 @@ def folders_below(roots: list[Path]) -> list[Path]:
     return sorted(found.values())
 
 
-def holds_only_folders(folder: Path) -> bool:
-    """Whether this is a folder of runs, which is no run itself."""
-    if (folder / "log.csv").exists():
-        return False
-    return any(path.is_dir() for path in folder.iterdir())
-
-
 def read_runs(roots: list[Path]) -> pd.DataFrame:
     """Returns the logs of all runs below the roots; `label` names the line that shows a run."""
     logs = {}
@@ -171,8 +159,9 @@ def read_runs(roots: list[Path]) -> pd.DataFrame:
     left_out = []
     for folder in folders_below(roots):
         try:
-            if holds_only_folders(folder):
-                continue
+            is_run = (folder / "log.csv").exists()
+            if not is_run and any(path.is_dir() for path in folder.iterdir()):
+                continue  # a folder of runs
             log, config = read_run(folder)
             if config in settings.values():
                 raise ValueError("another folder holds the same run")
@@ -196,8 +185,7 @@ def read_runs(roots: list[Path]) -> pd.DataFrame:
             logs[folder]["label"] = ", ".join([variant, *named])
     log = pd.concat(logs.values(), ignore_index=True)
     in_order = list(line_styles(log.label.unique()))
-    log["label"] = pd.Categorical(log.label, in_order)
-    return log
+    return log.assign(label=pd.Categorical(log.label, in_order))
 
 
 def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
@@ -214,7 +202,7 @@ def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
     return pictures
 
 
-# ---- figures
+# ---- from runs to lines
 
 
 def line_styles(labels: list[str]) -> dict[str, dict]:
@@ -223,10 +211,11 @@ def line_styles(labels: list[str]) -> dict[str, dict]:
     styles = {}
     for start, colour in COLOURS.items():
         shades = sns.dark_palette(colour, 4, reverse=True)
+        layer = 2.5 if start == "standard" else 2  # the standard agent lies on top of the others
         alike = [label for label in labels if label.startswith(start) and label not in styles]
         for k, label in enumerate(sorted(alike)):
             dashes = ("-", "--", "-.", ":")[k % 4]
-            styles[label] = {"color": shades[k % 3], "linestyle": dashes}
+            styles[label] = {"color": shades[k % 3], "linestyle": dashes, "zorder": layer}
     return styles
 
 
@@ -240,6 +229,17 @@ def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
     return runs.interpolate("index", limit_area="inside")
 
 
+def minus_standard(runs: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:
+    """Returns `runs`, a column per run, less the standard run that each is compared with.
+
+    Left out are the standard runs, and those that have none to be compared with."""
+    about = log.groupby("run")[["variant", "pair"]].first().loc[runs.columns]
+    is_standard = about.variant == "standard"
+    standard = about[is_standard].reset_index().drop_duplicates("pair").set_index("pair").run
+    partners = about.pair[~is_standard].map(standard).dropna()
+    return runs[partners.index] - runs[partners].set_axis(partners.index, axis="columns")
+
+
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     """Returns the mean of each row of `runs`, a column per run, and its 95 % t-interval.
 
@@ -251,51 +251,88 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"mean": mean, "low": mean - margin, "high": mean + margin})
 
 
-def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float) -> None:
-    """Draws one panel: lines with bands, injections, known levels and the offline part."""
-    if column == "score":  # a mean over a whole task already
+def summarise_variants(log: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Returns the summary of the runs of each variant, where they have any value."""
+    labels = log.groupby("run").label.first()[runs.columns]
+    lines = {}
+    for label in log.label.cat.categories:
+        of_label = runs.loc[:, labels == label].dropna(how="all")
+        if len(of_label):
+            lines[label] = summarise(of_label)
+    return lines
+
+
+# ---- figures
+
+
+def draw(
+    ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, difference: bool = False
+) -> None:
+    """Draws one panel: a column of the logs, or its difference from the standard agent's."""
+    if column not in SMOOTHED:
         smooth = 0
+    runs = curves(log, column, smooth)
+    if difference:
+        runs = minus_standard(runs, log)
+        ax.axhline(0, color="black", label="standard")
+    lines = summarise_variants(log, runs)
     styles = line_styles(log.label.cat.categories)
-    for label, runs in log.dropna(subset=column).groupby("label"):
-        draw_variant(ax, label, runs, column, smooth, styles[label])
+    for label, line in lines.items():
+        marker = "o" if len(line) == 1 else None  # a line needs two points to be seen
+        ax.plot(line["mean"], label=label, marker=marker, **styles[label])
+    if column == "plasticity" and "plasticity_fresh" in log:
+        twins = curves(log, "plasticity_fresh", 0)
+        look = {"linestyle": "--", "linewidth": 0.7}
+        draw_thin(ax, log, twins, styles, look, "freshly initialised twin")
+    if not difference:
+        draw_levels(ax, log, column)
+        # What has been drawn so far decides the limits of the axis. The rest may leave the panel.
+        # But of a difference the band is what matters.
+        ax.set_ylim(ax.get_ylim())
+    for label, line in lines.items():
+        colour = styles[label]["color"]
+        ax.fill_between(line.index, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
+    if smooth and not difference:
+        look = {"alpha": 0.3, "linewidth": 0.7}
+        draw_thin(ax, log, curves(log, column, 0), styles, look, "not smoothed")
     draw_injections(ax, log, styles)
-    draw_levels(ax, log, column)
     if "phase" in log and (log.phase == "offline").any():
         end = log.step[log.phase == "offline"].max()
         ax.axvspan(0, end, color="0.93", zorder=0, label="offline part")  # behind the bands
 
 
-def draw_variant(
-    ax: plt.Axes, label: str, runs: pd.DataFrame, column: str, smooth: float, style: dict
+def draw_thin(
+    ax: plt.Axes, log: pd.DataFrame, runs: pd.DataFrame, styles: dict, look: dict, name: str
 ) -> None:
-    """Draws the line of a variant with its band, the unsmoothed line, and that of the twin."""
-    seeds = runs.run.nunique()
-    name = f"{label} (1 seed: no band)"
-    if seeds > 1:
-        name = f"{label} ({seeds} seeds)"
-    line = summarise(curves(runs, column, smooth))
-    marker = "o" if len(line) == 1 else None  # a line needs two points to be seen
-    ax.plot(line["mean"], label=name, marker=marker, **style)
-    ax.fill_between(line.index, line.low, line.high, color=style["color"], alpha=0.2, linewidth=0)
-
-    thin = {"color": style["color"], "linewidth": 0.7}
-    if column == "plasticity" and "plasticity_fresh" in runs:
-        twin = curves(runs, "plasticity_fresh", smooth).mean(axis=1)
-        ax.plot(twin, linestyle="--", marker=marker, label="freshly initialised twin", **thin)
-    if smooth:
-        unsmoothed = curves(runs, column, 0).mean(axis=1)
-        ax.plot(unsmoothed, alpha=0.3, **thin)
+    """Draws a thin line for each variant, and one entry of the legend for all of them."""
+    for label, line in summarise_variants(log, runs).items():
+        marker = "." if len(line) == 1 else None
+        ax.plot(line["mean"], color=styles[label]["color"], marker=marker, zorder=1.9, **look)
+    ax.plot([], [], color=ALL, label=name, **look)
 
 
-def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict[str, dict]) -> None:
-    """Draws a vertical line at each step where some variant injects."""
-    for step, labels in log[log.injected].groupby("step").label.unique().items():
+def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict) -> None:
+    """Draws a line at each step where a variant injects. Triggered injections differ from seed to
+    seed: each is a short tick at the lower edge."""
+    injections = log[log.injected & ~log.triggered]
+    for step, labels in injections.groupby("step").label.unique().items():
         # The dashes of variants that inject at the same step take turns.
         gap = 4 * max(1, len(labels) - 1)
         for turn, label in enumerate(labels):
             dashes = (4 * turn, (4, gap))
             colour = styles[label]["color"]
-            ax.axvline(step, color=colour, linestyle=dashes, linewidth=1.2, label="injection")
+            ax.axvline(step, color=colour, linestyle=dashes, linewidth=1, zorder=1.8)
+    if len(injections):
+        ax.plot([], [], color=ALL, linestyle="--", linewidth=1, label="injection")
+
+    triggered = log[log.injected & log.triggered]
+    for row, (label, injections) in enumerate(triggered.groupby("label")):
+        edge = ax.get_xaxis_transform()  # heights are parts of the panel's
+        colour = styles[label]["color"]
+        foot = 0.01 + 0.045 * row
+        ax.vlines(injections.step, foot, foot + 0.035, color=colour, transform=edge)
+    if len(triggered):
+        ax.plot([], [], "|", color=ALL, markeredgewidth=1.5, label="injection when triggered")
 
 
 def draw_levels(ax: plt.Axes, log: pd.DataFrame, column: str) -> None:
@@ -313,66 +350,120 @@ def draw_levels(ax: plt.Axes, log: pd.DataFrame, column: str) -> None:
         # The human level of MsPacman would flatten all curves that are far below it.
         if bottom <= level <= top or name in ("solved", "optimum"):
             text = f"{name}: {level:g}"
-            ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1.2, label=text)
+            ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1, label=text)
 
 
-def draw_figure(log: pd.DataFrame, columns: list[str], smooth: float) -> plt.Figure:
-    """Draws one panel, or several with a shared x axis. The legend is right of the last panel."""
-    title = f"{log.env.iloc[0]}: single runs"
-    if log.groupby("label").run.nunique().max() > 1:
-        title = f"{log.env.iloc[0]}: mean over seeds, 95 % t-interval"
-    if smooth and columns != ["score"]:
-        title += f", moving average {smooth:g}"
+def name_line_ends(ax: plt.Axes, labels: list[str]) -> None:
+    """Writes the names of the lines at their right ends, none over another."""
+    lines = [line for line in ax.lines if line.get_label() in labels]
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+    bottom, top = ax.get_ylim()
+    lowest = 0.0  # all heights are parts of the panel's
+    for place, line in enumerate(lines):
+        above = len(lines) - 1 - place
+        height = (line.get_ydata()[-1] - bottom) / (top - bottom)
+        height = min(max(height, lowest), 1 - 0.055 * above)
+        lowest = height + 0.055
+        look = {"color": line.get_color(), "va": "center"}
+        ax.text(1.01, height, line.get_label(), transform=ax.transAxes, **look)
+
+
+def new_figure(panels: int) -> tuple[plt.Figure, list[plt.Axes]]:
+    """Returns a figure that is legible where a page is 850 pixels wide, and its panels."""
+    across = min(panels, 3)
+    if panels == 4:
+        across = 2
+    rows = math.ceil(panels / across)
+    figure = plt.figure(figsize=(9, max(4.6, 2.4 * rows + 1.2)), layout="constrained")
+    axes = [figure.add_subplot(rows, across, place + 1) for place in range(panels)]
+    return figure, axes
+
+
+def add_legend(figure: plt.Figure) -> None:
+    """Puts one legend below all panels, without what is named at the ends of lines."""
+    entries = {}
+    for ax in figure.axes:
+        named = [text.get_text() for text in ax.texts]
+        for handle, name in zip(*ax.get_legend_handles_labels()):
+            if name not in named:
+                entries[textwrap.fill(name, 34)] = handle
+    place = {"loc": "outside lower center", "ncols": 3, "frameon": False, "markerscale": 1.5}
+    legend = figure.legend(entries.values(), entries.keys(), **place)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+
+
+def draw_figure(
+    log: pd.DataFrame, columns: list[str], smooth: float, difference: bool = False
+) -> plt.Figure:
+    """Draws a panel per column. Few variants are named at the ends of their lines."""
+    seeds = log.groupby("label").run.nunique()
+    over = "mean over seeds, 95 % t-interval"
+    if seeds.max() == 1:
+        over = "single runs"
+    elif difference:
+        over = "mean over shared seeds, 95 % t-interval"
+    elif seeds.nunique() == 1:
+        over = f"mean over {seeds.max()} seeds, 95 % t-interval"
+    else:
+        names = {label: f"{label} (seeds: {count})" for label, count in seeds.items()}
+        log = log.assign(label=log.label.cat.rename_categories(names))
+    title = f"{log.env.iloc[0]}: {over}"
+    if difference:
+        title = f"{log.env.iloc[0]}, difference from the standard agent: {over}"
+    if smooth and set(columns) & set(SMOOTHED):
+        title += f"; returns: moving average {smooth:g}"
 
     x_label = "environment steps"
     if "phase" in log:
-        x_label = "offline updates, then environment steps"
-    unit = 1_000
-    letter = "k"
-    if log.step.max() >= 1_000_000:
-        unit = 1_000_000
-        letter = "M"
+        x_label = "steps, first offline, then online"
     if columns == ["score"]:
         # The score is in the first row after the end of its task.
         log = log.assign(step=log.step // DIGITS_TASK)
         x_label = "task (1,500 steps each)"
-        unit = 1
-        letter = ""
-    log = log.assign(step=log.step / unit)
 
-    def tick_text(x, _):
-        return f"{x:g}{letter}" if x else "0"
+    figure, axes = new_figure(len(columns))
+    for ax, column in zip(axes, columns):
+        if ax is not axes[0]:
+            ax.sharex(axes[0])
+        draw(ax, log, column, smooth, difference)
+        ax.set_title(COLUMNS[column], loc="left")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
+    for ax in axes[-3:]:  # the lowest in each column
+        ax.set_xlabel(x_label)
+    labels = list(log.label.unique())
+    if len(columns) == 1 and len(labels) <= 6 and max(map(len, labels)) <= 34:
+        name_line_ends(axes[0], labels)
+    add_legend(figure)
+    figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", fontsize="medium")
+    return figure
 
-    rows = min(len(columns), 2)
-    across = (len(columns) + 1) // 2
-    size = (7, 4) if rows == 1 else (3.5 * across, 6.5)
-    figure = plt.figure(figsize=size, layout="constrained")
-    ax = None
-    entries = {}
-    for place, column in enumerate(columns, 1):
-        ax = figure.add_subplot(rows, across, place, sharex=ax)
-        draw(ax, log, column, smooth)
-        ax.set(xlabel=x_label, ylabel=COLUMNS[column])
-        ax.xaxis.set_major_formatter(tick_text)
-        handles, names = ax.get_legend_handles_labels()
-        entries.update(zip(names, handles))  # each name once in the legend
-    names = [textwrap.fill(name, 34) for name in entries]
-    figure.legend(
-        entries.values(),
-        names,
-        frameon=False,
-        loc="upper left",
-        bbox_to_anchor=(1.03, 1),
-        bbox_transform=ax.transAxes,
-    )
+
+def draw_correlations(log: pd.DataFrame) -> plt.Figure:
+    """Draws a panel per metric: its values and the relative plasticity of the same rows."""
+    metrics = relative_metrics(log)
+    plasticity = metrics.pop("plasticity")
+    styles = line_styles(log.label.cat.categories)
+    figure, axes = new_figure(len(metrics))
+    for ax, (metric, values) in zip(axes, metrics.items()):
+        if ax is not axes[0]:
+            ax.sharey(axes[0])
+        for label, rows in log.loc[values.index].groupby("label"):
+            x = values[rows.index]
+            y = plasticity[rows.index]
+            colour = styles[label]["color"]
+            ax.scatter(x, y, s=9, alpha=0.5, linewidth=0, color=colour, label=label)
+        ax.set(xlabel=values.name.replace(metric, COLUMNS[metric]))
+    add_legend(figure)
+    figure.supylabel("plasticity, as a share of its fresh twin's", fontsize="medium")
+    title = f"{log.env.iloc[0]}: each metric and plasticity, a point for each measurement"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return figure
 
 
 def draw_picture(pictures: dict[str, dict]) -> plt.Figure:
     """Draws the maze: where the offline data has been, then each variant's values and episodes."""
-    panels = len(pictures) + 1
-    figure, axes = plt.subplots(1, panels, figsize=(3.2 * panels, 2.8), layout="constrained")
+    figure, axes = new_figure(len(pictures) + 1)
     data = next(iter(pictures.values()))
     visits = np.log10(1 + data["coverage"])
     draw_maze(axes[0], data, visits, "offline data: log10(1 + visits)")
@@ -397,9 +488,23 @@ def draw_maze(ax: plt.Axes, picture: dict, cells: np.ndarray, title: str) -> Non
 # ---- tables
 
 
+def number(value: float, form: str = ".4g") -> str:
+    return "-" if np.isnan(value) else f"{value:{form}}"
+
+
+def cell(values: pd.Series, form: str = ".4g") -> str:
+    """The mean over the runs that have a value, and its 95 % t-interval if there are several."""
+    values = values.dropna()
+    mean, low, high = summarise(values.to_frame().T).iloc[0]
+    if len(values) < 2:
+        return number(mean, form)
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
 def results(log: pd.DataFrame) -> pd.DataFrame:
     """Returns a row per finished run: its evaluation returns, and of Digits its scores."""
-    finished = log[log.run.isin(log.run[log.final])]
+    final = log[log.final]
+    finished = log[log.run.isin(final.run)]
     columns = {}
     if "score" in log:
         tasks = finished.dropna(subset="score")
@@ -409,64 +514,32 @@ def results(log: pd.DataFrame) -> pd.DataFrame:
         columns["score, last 8 tasks"] = last.groupby("run").score.mean()
         columns["score, whole run"] = tasks.groupby("run").score.mean()
     if "eval_return" in log:
-        final = log[log.final]
         columns["eval_return, whole run"] = finished.groupby("run").eval_return.mean()
         columns["eval_return, last 10 %"] = final.groupby("run").eval_return.mean()
     return pd.DataFrame(columns, index=finished.run.unique())
 
 
-def minus_standard(values: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:
-    """Returns `values`, a row per run, less those of the standard run that each is compared with.
-
-    They are NaN where there is no such run."""
-    runs = log.groupby("run")[["variant", "pair"]].first().loc[values.index]
-    standard = values[runs.variant == "standard"].groupby(runs.pair).mean()
-    compared_with = standard.reindex(runs.pair).set_axis(values.index)
-    return values - compared_with
-
-
-def cell(values: pd.Series, sign: str = "") -> str:
-    """The mean over the runs that have a value, and its 95 % t-interval if there are several."""
-    values = values.dropna()
-    if values.empty:
-        return "-"
-    mean, low, high = summarise(values.to_frame().T).iloc[0]
-    text = f"{mean:{sign}.4g}"
-    if len(values) > 1:
-        text += f" [{low:{sign}.4g}, {high:{sign}.4g}]"
-    return text
-
-
 def table(log: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per variant: the results of its finished runs, compared with the standard
-    agent's, and the means of the metrics over the last 10 % of the run."""
+    """Returns a row per variant: the results of its finished runs, their difference from the
+    standard agent's, and the means of everything else over the last 10 % of the run."""
     of_runs = results(log)
-    differences = minus_standard(of_runs, log)
-    metrics = [name for name in COLUMNS if name in log and name not in ("score", "eval_return")]
-    last = log[log.final].groupby("run")[metrics].mean()
-    about = log.groupby("run")[["label", "variant"]].first().loc[last.index]
-    is_standard = about.variant == "standard"
-    compare = is_standard.any() and not is_standard.all()
-
+    differences = minus_standard(of_runs.T, log).T
+    others = [name for name in COLUMNS if name in log and name not in ("score", "eval_return")]
+    last = log[log.final].groupby("run")[others].mean()
+    labels = log[log.final].groupby("run").label.first()
     rows = []
-    for label, runs in about.groupby("label"):
+    for label, runs in labels.groupby(labels):
         row = {"variant": label, "seeds": str(len(runs))}
         for name in of_runs:
             row[name] = cell(of_runs.loc[runs.index, name])
-            if not compare:
-                continue
-            difference = differences.loc[runs.index, name].dropna()
-            text = cell(difference, sign="+")
-            if len(difference):
-                text += f" ({len(difference)})"
-            if is_standard[runs.index].all():
-                text = "baseline"
-            row[f"{name}, minus standard (shared seeds)"] = text
-        for name in metrics:
-            mean = last.loc[runs.index, name].mean()
+            if len(differences):
+                difference = differences[name].reindex(runs.index).dropna()
+                shared = f" ({len(difference)})" if len(difference) else ""
+                row[f"{name}, minus standard (shared seeds)"] = cell(difference, "+.4g") + shared
+        for name in others:
             # A row of the log has the mean of the episodes since the last row, be they one or many.
             heading = name.replace("train_return", "train_return (mean over rows)")
-            row[heading] = "-" if np.isnan(mean) else f"{mean:.4g}"
+            row[heading] = number(last.loc[runs.index, name].mean())
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -499,30 +572,12 @@ def spearman(pairs: pd.DataFrame) -> float:
     return pairs.corr("spearman", min_periods=3).loc["x", "y"]
 
 
-def over_rows_and_changes(x: pd.Series, y: pd.Series, run: pd.Series) -> tuple[str, str]:
-    """Returns the rank correlation over all rows, and within runs that of the changes from a row
-    to the next, as the median over the runs.
-
-    Two trends in time always correlate; their changes need not."""
-    pairs = pd.DataFrame({"x": x, "y": y}).dropna()
-    changes = pairs.groupby(run).diff().dropna().groupby(run)
-    within = [spearman(changes_of_run) for _, changes_of_run in changes]
-    median = pd.Series(within, dtype=float).median()
-
-    texts = []
-    for value, available in ((spearman(pairs), len(pairs)), (median, changes.size().max())):
-        if not np.isnan(value):
-            texts.append(f"{value:.2f}")
-        elif available >= 3:
-            texts.append("constant")
-        else:
-            texts.append("-")
-    return tuple(texts)
-
-
 def correlations(log: pd.DataFrame) -> pd.DataFrame:
     """Returns the rank correlation of each metric with relative plasticity, in Digits also with
-    the score of the task that follows. A metric that tracks plasticity has the expected sign."""
+    the score of the task that follows. A metric that tracks plasticity has the expected sign.
+
+    It is that over all rows, and the median over the runs of that of the changes from a row to
+    the next: two trends in time always correlate, their changes need not."""
     metrics = relative_metrics(log)
     aims = {"relative plasticity": metrics["plasticity"]}
     if "score" in log:
@@ -535,36 +590,14 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
         sign = "-" if DIRECTION_WHEN_LOST[metric] > 0 else "+"
         row = {"metric": values.name, "expected sign": sign}
         for aim, target in aims.items():
-            over_rows, within = over_rows_and_changes(values, target, log.run)
-            if aim == values.name:
-                over_rows = "itself"
-                within = "itself"
-            row[aim] = over_rows
-            row[f"{aim}, changes within runs"] = within
+            pairs = pd.DataFrame({"x": values, "y": target}).dropna()
+            changes = pairs.groupby(log.run).diff().dropna()
+            within = [spearman(of_run) for _, of_run in changes.groupby(log.run)]
+            median = pd.Series(within, dtype=float).median()
+            row[aim] = number(spearman(pairs), ".2f")
+            row[f"{aim}, changes within runs"] = number(median, ".2f")
         rows.append(row)
     return pd.DataFrame(rows)
-
-
-def draw_correlations(log: pd.DataFrame) -> plt.Figure:
-    """Draws a panel per metric: its values and the relative plasticity of the same rows."""
-    metrics = relative_metrics(log)
-    plasticity = metrics.pop("plasticity")
-    styles = line_styles(log.label.unique())
-    size = (2.6 * len(metrics), 2.6)
-    figure, axes = plt.subplots(
-        1, len(metrics), figsize=size, sharey=True, squeeze=False, layout="constrained"
-    )
-    for ax, values in zip(axes[0], metrics.values()):
-        for label, rows in log.loc[values.index].groupby("label"):
-            x = values[rows.index]
-            y = plasticity[rows.index]
-            colour = styles[label]["color"]
-            ax.scatter(x, y, s=9, alpha=0.5, linewidth=0, color=colour, label=label)
-        ax.set(xlabel=values.name)
-    axes[0, 0].set(ylabel="plasticity / that of its twin")
-    handles, names = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside right upper", frameon=False)
-    return figure
 
 
 # ---- the command
@@ -588,7 +621,12 @@ def parse_arguments() -> argparse.Namespace:
     runs = [Path("runs")]
     option("folders", nargs="*", type=Path, default=runs, help="runs, or folders of runs (runs)")
     option("--out", type=Path, default="figures", help="folder for the figures (figures)")
-    option("--smooth", type=float, default=0.8, help="weight of the moving average, 0: none (0.8)")
+    option(
+        "--smooth",
+        type=float,
+        default=0.8,
+        help="weight of the returns' moving average, 0: none (0.8)",
+    )
     option("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (png)")
     option("--table", action="store_true", help="print the table as Markdown")
 
@@ -610,8 +648,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     os.environ["SOURCE_DATE_EPOCH"] = "0"  # no dates in the files: the same logs, the same bytes
-    look = {"svg.hashsalt": "plot", "lines.linewidth": 1.5}
-    sns.set_theme(style="whitegrid", font_scale=0.85, rc=look)
+    look = {"svg.hashsalt": "plot", "lines.linewidth": 1.6}
+    sns.set_theme(style="whitegrid", font_scale=FONT_SCALE, rc=look)
     tables = {}
     for env, log in args.logs.groupby("env"):
         log = log.dropna(axis="columns", how="all")
@@ -624,6 +662,12 @@ def main() -> None:
         for column in columns:
             figures[column] = draw_figure(log, [column], args.smooth)
         figures["overview"] = draw_figure(log, columns, args.smooth)
+        compared = []
+        for column in columns:
+            if column in RESULTS and len(minus_standard(curves(log, column, 0), log).columns):
+                compared.append(column)
+        if compared:
+            figures["differences"] = draw_figure(log, compared, args.smooth, difference=True)
         pictures = read_pictures(log)
         if pictures:
             figures["picture"] = draw_picture(pictures)
