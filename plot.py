@@ -112,7 +112,8 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     settings["variant"] = variant
     settings = {key: str(value) for key, value in settings.items()}
     shared = {key: value for key, value in settings.items() if not key.startswith(REMEDIES)}
-    pair = json.dumps(shared, sort_keys=True)  # the same for the standard run to compare it with
+    # The run is compared with the standard run of the same pair.
+    pair = json.dumps(shared, sort_keys=True)
     return log.assign(run=str(folder), env=env, variant=variant, pair=pair), settings
 
 
@@ -234,10 +235,15 @@ def minus_standard(runs: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:
 
     Left out are the standard runs, and those that have none to be compared with."""
     about = log.groupby("run")[["variant", "pair"]].first().loc[runs.columns]
-    is_standard = about.variant == "standard"
-    standard = about[is_standard].reset_index().drop_duplicates("pair").set_index("pair").run
-    partners = about.pair[~is_standard].map(standard).dropna()
-    return runs[partners.index] - runs[partners].set_axis(partners.index, axis="columns")
+    standard = {}
+    for run, variant, pair in about.itertuples():
+        if variant == "standard":
+            standard[pair] = runs[run]
+    differences = {}
+    for run, variant, pair in about.itertuples():
+        if variant != "standard" and pair in standard:
+            differences[run] = runs[run] - standard[pair]
+    return pd.DataFrame(differences, index=runs.index)
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
@@ -621,12 +627,7 @@ def parse_arguments() -> argparse.Namespace:
     runs = [Path("runs")]
     option("folders", nargs="*", type=Path, default=runs, help="runs, or folders of runs (runs)")
     option("--out", type=Path, default="figures", help="folder for the figures (figures)")
-    option(
-        "--smooth",
-        type=float,
-        default=0.8,
-        help="weight of the returns' moving average, 0: none (0.8)",
-    )
+    option("--smooth", type=float, default=0.8, help="moving average of returns, 0: none (0.8)")
     option("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (png)")
     option("--table", action="store_true", help="print the table as Markdown")
 

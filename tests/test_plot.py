@@ -46,7 +46,8 @@ def command(monkeypatch, capsys):
 
 
 def write_run(root, name, returns, erank=10.0, total=None, **settings):
-    """A DQN run with a row every 1,000 steps: evaluation returns, and minus them as training returns."""
+    """A DQN run with a row every 1,000 steps: evaluation returns, and their negatives as training
+    returns."""
     folder = Path(root) / name
     folder.mkdir(parents=True)
     settings |= {
@@ -1003,7 +1004,7 @@ def test_a_log_with_little_in_it_stops_nothing(command, only_overviews, env, cas
     assert code == 0 and "\nstandard" in output.replace(" ", "") and notes == ""
 
 
-@pytest.mark.parametrize("case", SPARSE)
+@pytest.mark.parametrize("case", ["no row with both", "plasticity alone", "no twin", "one row"])
 def test_a_log_with_little_in_it_stops_nothing_while_the_run_continues(
     tmp_path, command, only_overviews, case
 ):
