@@ -84,7 +84,10 @@ DEFAULTS_BY_TASK = {
 
 @dataclass
 class Args:
-    """Deep Q-learning with remedies for lost plasticity. Defaults: --env Digits --help."""
+    """Deep Q-learning with remedies for lost plasticity.
+
+    Many defaults depend on the task: see for instance --env Digits --help.
+    """
 
     # The task: an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations.
     env: str = "MsPacman"
@@ -130,13 +133,13 @@ class Args:
     # Longer gradients are scaled down to this norm. 0 means never.
     max_grad_norm: float = None
 
-    # Number of plasticity injections, at most with a trigger. By default one at each step given.
+    # Number of plasticity injections; with a trigger, the most. By default one at each step given.
     injections: int | None = None
     # Steps at which to inject. By default evenly over the second half of the run.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # The trigger's threshold, upwards for weight_magnitude and dormant_units, else downwards.
+    # It is crossed upwards by weight_magnitude and dormant_units, downwards by all others.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.

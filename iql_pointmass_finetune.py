@@ -101,13 +101,13 @@ class Args:
     # Polyak averaging: the share of Q's weights that enters the target network at every step.
     polyak: float = 0.005
 
-    # Number of plasticity injections, at most with a trigger. By default one at each step given.
+    # Number of plasticity injections; with a trigger, the most. By default one at each step given.
     injections: int | None = None
     # Steps at which to inject. By default evenly over the online phase.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # The trigger's threshold, upwards for weight_magnitude and dormant_units, else downwards.
+    # It is crossed upwards by weight_magnitude and dormant_units, downwards by all others.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
@@ -180,7 +180,8 @@ class Injected(nn.Module):
 
     def __init__(self, h: nn.Module, fresh: nn.Module):
         super().__init__()
-        self.h = h.requires_grad_(False)  # itself an injected network after a second injection
+        # Itself an injected network after a second injection.
+        self.h = h.requires_grad_(False)
         self.f1 = fresh
         self.f2 = copy.deepcopy(fresh).requires_grad_(False)
 

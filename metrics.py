@@ -84,7 +84,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
     eigenvalues = torch.linalg.eigvalsh(matrix @ matrix.T)
     singular_values = eigenvalues.clamp(min=0).sqrt()
     p = singular_values / singular_values.sum()
-    # Entr(p) is -p log p, and 0 at p = 0.
+    # entr(p) is -p log p, and 0 at p = 0.
     return torch.special.entr(p).sum().exp().item()
 
 
