@@ -14,6 +14,7 @@ import sys
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -849,7 +850,11 @@ def test_contradictory_injection_settings_are_refused(script, mistake, message, 
 
 @both_scripts
 @pytest.mark.parametrize("injections", [0, 2])
-def test_contradictory_injection_settings_are_refused_from_python(script, injections, tmp_path):
+def test_contradictory_injection_settings_are_refused_from_python(
+    script, injections, tmp_path, monkeypatch
+):
+    started = mock.Mock(side_effect=AssertionError("the run was started"))
+    monkeypatch.setattr(metrics, "Run", started)
     args = script.Args(injections=injections, injection_steps=(100,))
     with pytest.raises(metrics.UserError, match=f"--injections {injections} but"):
         script.train(args)
