@@ -886,7 +886,7 @@ def test_help_shows_the_sentence_and_the_default_of_each_setting(
     monkeypatch.setenv("COLUMNS", str(columns))
     assert call(script, *flags.split(), "--help") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert max(map(len, lines)) == columns
+    assert max(map(len, lines)) <= columns
     shown = " ".join(" ".join(lines).replace("│", " ").split())
 
     defaults = script.Args(**({"env": flags.split()[-1]} if flags else {}))
