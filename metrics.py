@@ -313,7 +313,7 @@ def is_of_kind(value: object, kind: object) -> bool:
     options = typing.get_args(kind)
     if origin is typing.Literal:
         return isinstance(value, str) and value in options
-    if origin in (types.UnionType, typing.Union):  # int | None, and Literal[...] | None
+    if origin is types.UnionType:
         return any(is_of_kind(value, option) for option in options)
     if origin is tuple:
         return isinstance(value, tuple) and all(is_of_kind(item, options[0]) for item in value)

@@ -833,7 +833,7 @@ def test_injection_steps_alone_are_as_many_injections(script):
     assert settings["injection_steps"] == [5]
 
 
-CONTRADICTIONS = """--injections 0 --injection-steps 100 => --injections 0 but --injection-steps 100;
+CONTRADICTIONS = """--injections 0 --injection-steps 9 => --injections 0 but --injection-steps 9;
 --injections 2 --injection-steps 100 => --injections 2 but --injection-steps 100;
 --injections 1 --injection-steps 100 200 => --injections 1 but --injection-steps 100 200;
 --injections 0 --injection-trigger erank --injection-threshold 3 => --injections;
