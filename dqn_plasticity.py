@@ -66,7 +66,7 @@ class Args:
     total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
     eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
     plasticity_every: int = by_task(100_000, 2_000, 1_500)  # steps between measurements of plasticity
-    plasticity_updates: int = by_task(400, 70, 100)  # updates of such a measurement, a multiple of ten
+    plasticity_updates: int = by_task(700, 40, 150)  # updates of such a measurement, a multiple of ten
     eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
     # ---- Double DQN with Adam
     learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam

@@ -65,7 +65,7 @@ class Args:
     online_steps: int = 100_000  # then environment steps, with an update after each
     eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
     plasticity_every: int = 2_000  # steps between measurements of plasticity
-    plasticity_updates: int = 100  # updates of such a measurement, a multiple of ten
+    plasticity_updates: int = 120  # updates of such a measurement, a multiple of ten
     eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
     # ---- Implicit Q-learning with Adam
     learning_rate: float = 3e-4  # step size of Adam, for all three networks
