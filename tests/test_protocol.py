@@ -25,6 +25,7 @@ from torch.nn.modules.module import (
     register_module_forward_hook,
     register_module_forward_pre_hook,
 )
+from torch.nn.utils import parameters_to_vector
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import dqn_plasticity as dqn
@@ -350,7 +351,7 @@ ADAM = {
     "Digits": (1e-3, 1e-8, 0.9, 0.999),
 }
 BATCH_SIZES = {"MsPacman": 32, "LunarLander": 128, "Digits": 32}
-PROBE_UPDATES = {"MsPacman": 400, "LunarLander": 70, "Digits": 100}
+PROBE_UPDATES = {"MsPacman": 700, "LunarLander": 40, "Digits": 150}
 
 
 @pytest.mark.parametrize("env", ADAM)
@@ -396,7 +397,7 @@ def test_gradients_are_clipped_to_a_norm_of_10_but_not_on_digits():
 def test_a_gradient_shorter_than_that_stays_as_it_is():
     """It grows with the values, and just as much."""
     norms = []
-    for value in (100, 200):
+    for value in (150, 300):
         args = dqn_args("LunarLander", learning_starts=64)
         run = watch_dqn(args, until=70, value=value, learns=True)
         norms.append(run.gradient_norms[0])
@@ -763,7 +764,7 @@ def test_mspacman_is_the_emulator_with_4_frames_a_step_of_which_the_last_two_are
     envs = dqn.make_env("MsPacman")
     obs, info = envs.reset(seed=5)
     emulator = Emulator("ms_pacman")
-    for _ in range(int(info["frame_number"][0])):  # no-ops
+    for _ in range(int(info["episode_frame_number"][0])):  # no-ops
         emulator.ale.act(ale_py.Action.NOOP)
     screens = [np.zeros((84, 84))] * 3 + [emulator.shrunk(emulator.ale.getScreenGrayscale())]
     assert obs.shape == (1, 4, 84, 84)
@@ -771,7 +772,7 @@ def test_mspacman_is_the_emulator_with_4_frames_a_step_of_which_the_last_two_are
     assert int(envs.single_action_space.n) == len(emulator.actions) == 9
     rng = np.random.default_rng(0)
     rewards = []
-    for _ in range(60):
+    for _ in range(100):
         action = rng.integers(9)
         obs, reward, *_ = envs.step(np.array([action]))
         screen, expected_reward = emulator.play(action)
@@ -786,7 +787,7 @@ def test_an_atari_episode_starts_after_0_to_29_no_ops():
     """Uniform: of 200 starts, 35 are expected among the five longest and 7 at any one length."""
     envs = dqn.make_env("MsPacman")
     envs.reset(seed=0)
-    counts = Counter(int(envs.reset()[1]["frame_number"][0]) for _ in range(200))
+    counts = Counter(int(envs.reset()[1]["episode_frame_number"][0]) for _ in range(200))
     assert min(counts) == 0
     assert max(counts) == 29
     assert max(counts.values()) < 25
@@ -1034,16 +1035,16 @@ def watch_iql(start=0, until=None, learns=False, **settings):
         watch.v_and_actor = v, actor
         if learns:
             return real_losses(q, target_network, v, actor, batch, args)
-        nothing = [0 * network(batch.obs).sum() for network in (v, q, actor)]
+        nothing = [0 * network(batch.obs[:1]).sum() for network in (v, q, actor)]
         return *nothing, torch.zeros(1)
 
     def polyak_update(q, target_network, polyak):
-        before = [parameter.clone() for parameter in target_network.parameters()]
+        before = parameters_to_vector(target_network.parameters())
         real_polyak_update(q, target_network, polyak)
-        if learns:
-            for old, new, towards in zip(before, target_network.parameters(), q.parameters()):
-                share = (new - old).sum() / (towards - old).sum()
-                watch.polyak_shares.append(share.item())
+        after = parameters_to_vector(target_network.parameters())
+        way = parameters_to_vector(q.parameters()) - before
+        if way.any():
+            watch.polyak_shares.append(((after - before).norm() / way.norm()).item())
 
     def evaluate(*arguments, **settings):
         watch.evaluations.append(watch.step)
@@ -1164,7 +1165,7 @@ def test_the_probe_of_plasticity_trains_like_the_critic():
     run = default_iql_run()
     assert run.probe_optimizers == {(3e-4, 1e-8, 0.9, 0.999)}
     assert run.probe_batches == {128}
-    assert set(run.probe_updates.values()) == {100}
+    assert set(run.probe_updates.values()) == {120}
     assert set(run.probes.values()) == {2}  # the network and its twin
 
 
@@ -1180,7 +1181,7 @@ def test_an_optimiser_for_the_critic_and_one_for_v_and_the_actor():
 
 def test_the_target_moves_by_0_005_of_the_way_at_every_update():
     run = watch_iql(until=3, learns=True)
-    assert run.polyak_shares == pytest.approx([0.005] * 18, rel=0.02)
+    assert run.polyak_shares == pytest.approx([0.005] * 3, rel=0.01)
 
 
 def test_iql_acts_after_100_000_updates_once_per_update_and_for_100_000_steps():
