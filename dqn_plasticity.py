@@ -1,32 +1,40 @@
-"""Deep Q-learning that measures its own loss of plasticity, with every remedy of the paper as a flag.
+"""Deep Q-learning that measures its loss of plasticity, with every remedy of the paper as a flag.
 
-"The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement Learning with
-Plasticity Injection and Plasticity Metric Regularization; the README lists all others that are cited here.
-A network that has trained for long may stop learning. This file trains one on an Atari game, on LunarLander (or any
-Gymnasium task with flat observations and discrete actions) or on Digits, which shows the collapse in a minute, and logs
-what the literature takes for signs of lost plasticity (metrics.py). The update is double DQN (van Hasselt et al. 2016):
+"The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement
+Learning with Plasticity Injection and Plasticity Metric Regularization. The README lists all other
+papers that are cited here.
+
+A network that has been trained for a long time may stop learning. This file trains one on an Atari
+game, on LunarLander (or any Gymnasium task with flat observations and discrete actions) or on
+Digits, which shows the collapse in a minute. It logs what the literature takes for signs of lost
+plasticity (metrics.py). The update is that of double DQN (van Hasselt et al. 2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
-    loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2                phi: the parameters that train (paper 3.2)
+    loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2
 
-Plasticity injection (Nikishin et al. 2023; paper 3.1) freezes Q and lets a fresh network learn what is missing, without
-changing a single value at that moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 trains.
+where phi are the parameters that are trained (paper 3.2). A plasticity injection (paper 3.1)
+freezes Q and lets a fresh network learn what is missing, without changing a single value at that
+moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 is trained. Nikishin et al. (2023),
+who invented it, inject the head of a network on a shared encoder; the paper freezes all of Q.
 
     python dqn_plasticity.py --env Digits
     python dqn_plasticity.py --env MsPacman --l2 periodic
     python plot.py runs/
 
-A run is the folder runs/<env>__<variant>__seed<k>. The same command given again continues an unfinished run exactly.
+A run is the folder runs/<env>__<variant>__seed<k>. The same command given again continues an
+unfinished run exactly.
 """
 
 import collections
 import copy
+import mmap
 import os
 import re
 import shutil
 import sys
+import zlib
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -35,115 +43,190 @@ import gymnasium as gym
 import numpy as np
 import torch
 from ale_py.vector_env import AtariVectorEnv
+from gymnasium.envs.registration import find_highest_version, get_env_id, parse_env_id
 from torch import nn
 
 import metrics
-from metrics import UserError, refuse, run_folder
+from metrics import UserError, run_folder
 
 gym.register_envs(ale_py)
 
-THREADS = torch.get_num_threads()  # before a run of a small network sets it to one
 VERSION = 5  # raised whenever the networks or what is saved of them change
-COLUMNS = ("step", "train_return", "eval_return", "loss", "q_mean", "grad_norm", "epsilon", "l2_lambda", "injections")
-COLUMNS += (*metrics.METRICS, *metrics.FRESH_METRICS)
-
 
 # ---- settings
-def by_task(atari: float, other: float, digits: float):
-    """A default that depends on the task: Args.__post_init__ picks Atari's, Digits' or that of all other tasks."""
-    return field(default=None, metadata={"by_task": (atari, other, digits)})
+# fmt: off
+DEFAULTS_BY_TASK = {
+    #                            Atari games   flat tasks   Digits
+    "total_steps":              (2_000_000,    300_000,     60_000),
+    "eval_every":               (25_000,       10_000,      1_500),
+    "plasticity_every":         (100_000,      2_000,       1_500),
+    "plasticity_updates":       (700,          40,          150),
+    "learning_rate":            (1e-4,         1e-3,        1e-3),
+    "adam_eps":                 (1e-4,         1e-4,        1e-8),
+    "gamma":                    (0.99,         0.99,        0.5),
+    "batch_size":               (32,           128,         32),
+    "buffer_size":              (1_000_000,    300_000,     1_500),
+    "learning_starts":          (20_000,       20_000,      32),
+    "train_frequency":          (4,            2,           1),
+    "target_network_frequency": (2_000,        250,         100),
+    "start_e":                  (1.0,          1.0,         0.05),
+    "end_e":                    (0.01,         0.1,         0.05),
+    "exploration_fraction":     (0.5,          0.1,         0.0),
+    "max_grad_norm":            (10.0,         10.0,        0.0),
+    "l2_lambda":                (1e-5,         1e-3,        1e-4),
+    "l2_end":                   (2e-5,         2e-3,        2e-4),
+    "l2_on_steps":              (500_000,      75_000,      4_000),
+    "l2_off_steps":             (100_000,      15_000,      800),
+}
+# fmt: on
 
 
 @dataclass
 class Args:
-    """Deep Q-learning with remedies for lost plasticity. Defaults depend on the task: see --env Digits --help."""
+    """Deep Q-learning with remedies for lost plasticity.
 
-    # ---- The run; a step is one of the environment. by_task: the default on Atari, on other tasks, on Digits
-    env: str = "MsPacman"  # an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations
-    seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a CUDA GPU if there is one
-    bf16: bool = False  # update in bfloat16, weights stay float32: faster on Atari if the hardware has it
-    total_steps: int = by_task(2_000_000, 300_000, 60_000)  # length of the run
-    eval_every: int = by_task(25_000, 10_000, 1_500)  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = by_task(100_000, 2_000, 1_500)  # steps between measurements of plasticity
-    plasticity_updates: int = by_task(700, 40, 150)  # updates of such a measurement, a multiple of ten
-    eval_episodes: int = 10  # whole episodes of an evaluation (Digits has none: its training return is the score)
-    # ---- Double DQN with Adam
-    learning_rate: float = by_task(1e-4, 1e-3, 1e-3)  # step size of Adam
-    adam_eps: float = by_task(1e-4, 1e-4, 1e-8)  # epsilon of Adam
-    gamma: float = by_task(0.99, 0.99, 0.5)  # discount per step
-    batch_size: int = by_task(32, 128, 32)  # transitions in an update
-    buffer_size: int = by_task(1_000_000, 300_000, 1_500)  # transitions that the replay keeps
-    learning_starts: int = by_task(20_000, 20_000, 32)  # steps before the first update (Digits: of every task)
-    train_frequency: int = by_task(4, 2, 1)  # steps per update
-    target_network_frequency: int = by_task(2_000, 250, 100)  # steps between copies into the target network
-    start_e: float = by_task(1.0, 1.0, 0.05)  # first epsilon, the probability of a random action
-    end_e: float = by_task(0.01, 0.1, 0.05)  # last epsilon
-    exploration_fraction: float = by_task(0.5, 0.1, 0.0)  # share of the run after which epsilon is at its last value
-    max_grad_norm: float = by_task(10.0, 10.0, 0.0)  # longer gradients are scaled down to this norm; 0: never
-    # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
-    injections: int = 0  # how many plasticity injections; with a trigger, at most
-    injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the second half of the run
-    injection_trigger: Literal[metrics.METRICS] | None = None  # inject when the moving average of this metric ...
-    injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
-    # ---- L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
-    l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
-    l2_lambda: float = by_task(1e-5, 1e-3, 1e-4)  # constant, periodic: lambda
-    l2_start: float = 0.0  # incremental: lambda at the start of the run
-    l2_end: float = by_task(2e-5, 2e-3, 2e-4)  # incremental: lambda at its end
-    l2_on_steps: int = by_task(500_000, 75_000, 4_000)  # periodic: steps with lambda (N in the paper)
-    l2_off_steps: int = by_task(100_000, 15_000, 800)  # periodic: steps without it (M), then again
-    # ---- The Q-network (paper 3.3)
-    layer_norm: Literal["none", "before", "after"] = "none"  # LayerNorm of every hidden layer, before or after the activation
-    leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of ReLU
+    Many defaults depend on the task: see for instance --env Digits --help.
+    """
+
+    # The task: an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations.
+    env: str = "MsPacman"
+    # It decides everything: the same seed, machine and thread count give the same log.
+    seed: int = 1
+    # By default a CUDA GPU if there is one.
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    # Update in bfloat16, with weights in float32: faster on Atari if the hardware has it.
+    bf16: bool = False
+    # Length of the run in steps of the environment.
+    total_steps: int = None
+    # Steps between evaluations, each with a checkpoint.
+    eval_every: int = None
+    # Whole episodes of an evaluation. Digits has none: its training return is the score.
+    eval_episodes: int = 10
+    # Steps between measurements of plasticity.
+    plasticity_every: int = None
+    # Updates of a measurement of plasticity, a multiple of ten.
+    plasticity_updates: int = None
+
+    # Step size of Adam.
+    learning_rate: float = None
+    # Epsilon of Adam.
+    adam_eps: float = None
+    # Discount per step.
+    gamma: float = None
+    # Transitions in an update.
+    batch_size: int = None
+    # Transitions that the replay keeps.
+    buffer_size: int = None
+    # Steps before the first update. On Digits they are counted from the start of every task.
+    learning_starts: int = None
+    # Steps per update.
+    train_frequency: int = None
+    # Steps between copies of Q into the target network.
+    target_network_frequency: int = None
+    # The first epsilon, which is the probability of a random action.
+    start_e: float = None
+    # The last epsilon.
+    end_e: float = None
+    # Share of the run after which epsilon has its last value.
+    exploration_fraction: float = None
+    # Longer gradients are scaled down to this norm. 0 means never.
+    max_grad_norm: float = None
+
+    # How many plasticity injections; with a trigger, at most. By default one at each step given.
+    injections: int | None = None
+    # At which steps to inject. By default evenly over the second half of the run.
+    injection_steps: tuple[int, ...] = ()
+    # Inject when the moving average of this metric crosses the threshold.
+    injection_trigger: Literal[metrics.METRICS] | None = None
+    # The trigger fires above it for weight_magnitude and dormant_units, below it for the others.
+    injection_threshold: float | None = None
+
+    # Schedule of lambda, which multiplies the squared norm of the parameters in the loss.
+    l2: Literal["none", "constant", "incremental", "periodic"] = "none"
+    # Lambda of constant and periodic L2.
+    l2_lambda: float = None
+    # Lambda of incremental L2 at the start of the run.
+    l2_start: float = 0.0
+    # Lambda of incremental L2 at the end of the run.
+    l2_end: float = None
+    # Steps with lambda in a period of periodic L2 (N in the paper).
+    l2_on_steps: int = None
+    # Steps without lambda that follow (M in the paper).
+    l2_off_steps: int = None
+
+    # Normalise each hidden layer before its activation, so that no unit goes without a gradient, or
+    # after it, so that the inputs of the next layer are normalised: two different remedies.
+    layer_norm: Literal["none", "before", "after"] = "none"
+    # LeakyReLU with a slope of 0.01 in place of ReLU.
+    leaky_relu: bool = False
 
     def __post_init__(self):
-        self.env = re.sub("^ALE/(.*)-v5$", r"\1", self.env)  # "ALE/MsPacman-v5" is "MsPacman"
-        task = 0 if is_atari(self.env) else 2 if self.env == "Digits" else 1
-        for setting in fields(self):
-            if getattr(self, setting.name) is None and "by_task" in setting.metadata:
-                setattr(self, setting.name, setting.metadata["by_task"][task])
-        if self.injection_steps:
-            self.injections = self.injections or len(self.injection_steps)
-        elif not self.injection_trigger:  # evenly over the second half of the run, from its middle on
+        metrics.check_kinds(self)
+        self.env = short_name(self.env)
+        column = 1
+        if is_atari(self.env):
+            column = 0
+        if self.env == "Digits":
+            column = 2
+        for name, defaults in DEFAULTS_BY_TASK.items():
+            if getattr(self, name) is None:
+                setattr(self, name, defaults[column])
+
+        if self.injections is None:
+            self.injections = len(self.injection_steps)
+        if not self.injection_steps and not self.injection_trigger:
             half = self.total_steps // 2
-            self.injection_steps = tuple(half + i * half // self.injections for i in range(self.injections))
+            steps = [half + i * half // self.injections for i in range(self.injections)]
+            self.injection_steps = tuple(steps)
 
 
 # ---- network
+def hidden_layer(layer: nn.Module, shape: tuple[int, ...], args: Args) -> list[nn.Module]:
+    """A layer with its activation and, if asked for, LayerNorm over its outputs (paper 3.3)."""
+    activation = nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()
+    if args.layer_norm == "before":
+        return [layer, nn.LayerNorm(shape), activation]
+    if args.layer_norm == "after":
+        return [layer, activation, nn.LayerNorm(shape)]
+    return [layer, activation]
+
+
 class QNetwork(nn.Sequential):
-    """Observations as floats to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP."""
+    """Float observations to Q-values (batch, actions): the CNN of Mnih et al. 2015, or an MLP."""
 
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
-        def hidden(layer: nn.Module, *shape: int) -> list[nn.Module]:
-            activation = nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()
-            if args.layer_norm == "before":
-                return [layer, nn.LayerNorm(shape), activation]
-            if args.layer_norm == "after":
-                return [layer, activation, nn.LayerNorm(shape)]
-            return [layer, activation]
-
         actions = int(envs.single_action_space.n)
         if is_atari(args.env):
             super().__init__(
-                *hidden(nn.Conv2d(4, 32, 8, stride=4), 32, 20, 20),
-                *hidden(nn.Conv2d(32, 64, 4, stride=2), 64, 9, 9),
-                *hidden(nn.Conv2d(64, 64, 3, stride=1), 64, 7, 7),
+                *hidden_layer(nn.Conv2d(4, 32, 8, stride=4), (32, 20, 20), args),
+                *hidden_layer(nn.Conv2d(32, 64, 4, stride=2), (64, 9, 9), args),
+                *hidden_layer(nn.Conv2d(64, 64, 3, stride=1), (64, 7, 7), args),
                 nn.Flatten(),
-                *hidden(nn.Linear(64 * 7 * 7, 512), 512),
+                *hidden_layer(nn.Linear(64 * 7 * 7, 512), (512,), args),
                 nn.Linear(512, actions),
             )
         else:
-            inputs, width = envs.single_observation_space.shape[0], 64 if args.env == "Digits" else 256
-            first, second = hidden(nn.Linear(inputs, width), width), hidden(nn.Linear(width, width), width)
-            super().__init__(*first, *second, nn.Linear(width, actions))
+            inputs = envs.single_observation_space.shape[0]
+            width = 64 if args.env == "Digits" else 256
+            super().__init__(
+                *hidden_layer(nn.Linear(inputs, width), (width,), args),
+                *hidden_layer(nn.Linear(width, width), (width,), args),
+                nn.Linear(width, actions),
+            )
+
+
+def fresh_network(envs: gym.vector.VectorEnv, args: Args, step: int) -> QNetwork:
+    """A newly initialised network, decided by (seed, step) alone."""
+    torch.manual_seed(seeds(args, step)[0])
+    return QNetwork(envs, args).to(args.device, memory_format=torch.channels_last)
 
 
 # ---- injection
 class Injected(nn.Module):
-    """Q = h + (f1 - f2): h frozen, f1 and f2 fresh and identical, only f1 trains (Nikishin et al. 2023; paper 3.1).
+    """Q = h + (f1 - f2): h is frozen, f1 and f2 are fresh and identical, only f1 is trained.
 
-    Added in this order, Q is h to the last bit until f1 is trained. h may itself be an injected network.
+    (Paper 3.1, after Nikishin et al. 2023.) Added in this order, Q is h to the last bit until f1 is
+    trained. h may itself be an injected network.
     """
 
     def __init__(self, h: nn.Module, fresh: nn.Module):
@@ -156,109 +239,166 @@ class Injected(nn.Module):
         return self.h(obs) + (self.f1(obs) - self.f2(obs))
 
 
-def trained(q: nn.Module) -> nn.Sequential:
-    """The part of Q that trains: all of it, or f1 after an injection."""
+def trainable(q: nn.Module) -> nn.Sequential:
+    """The part of Q that is trained: all of it, or f1 after an injection."""
     return q.f1 if isinstance(q, Injected) else q
 
 
 def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[Injected, Injected]:
-    """Inject the same fresh network into both; the target keeps its own lagging h, so its values do not jump either."""
-    return Injected(q, fresh), Injected(target_network, copy.deepcopy(fresh)).requires_grad_(False)
+    """Inject the same fresh network into Q and its target network.
+
+    The target network keeps its own lagging h, so that its values do not jump either.
+    """
+    injected_target = Injected(target_network, copy.deepcopy(fresh))
+    return Injected(q, fresh), injected_target.requires_grad_(False)
 
 
-def q_and_target(q: nn.Module, target_network: nn.Module, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Q(s) and Q_target(s). For speed, what both hold frozen runs once: f2, and h once the target has a copy of Q's."""
+def q_and_target(
+    q: nn.Module, target_network: nn.Module, obs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The values q(obs) and target_network(obs).
+
+    After an injection the frozen parts that the two share are computed once, which saves time: f2,
+    and also h once the target network has received its first copy of Q.
+    """
     if not isinstance(q, Injected):
         return q(obs), target_network(obs)
-    h, f2 = q.h(obs), q.f2(obs)
-    target_h = h if target_network.h is q.h else target_network.h(obs)
+    f2 = q.f2(obs)
+    h = q.h(obs)
+    target_h = h
+    if target_network.h is not q.h:
+        target_h = target_network.h(obs)
     return h + (q.f1(obs) - f2), target_h + (target_network.f1(obs) - f2)
 
 
 # ---- L2 regularisation
 def l2_coefficient(args: Args, step: int) -> float:
-    """lambda(k) of paper 3.2 at step k."""
+    """lambda(k) of paper 3.2 at step k, which counts from 1."""
     if args.l2 == "constant":
         return args.l2_lambda
     if args.l2 == "incremental":
         return args.l2_start + (args.l2_end - args.l2_start) * step / args.total_steps
     if args.l2 == "periodic":
-        return args.l2_lambda if (step - 1) % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
+        period = args.l2_on_steps + args.l2_off_steps
+        if (step - 1) % period < args.l2_on_steps:
+            return args.l2_lambda
     return 0.0
 
 
 def squared_norm(network: nn.Module) -> torch.Tensor:
-    """||phi||^2 over all parameters of the network that trains."""
-    return torch.cat([parameter.flatten() for parameter in network.parameters()]).square().sum()
+    """||phi||^2 over all parameters of the network that is trained."""
+    parameters = torch.cat([parameter.flatten() for parameter in network.parameters()])
+    return parameters.square().sum()
 
 
 # ---- loss
-Batch = collections.namedtuple("Batch", "obs action reward next_obs terminated")  # tensors, a row per transition
+# Tensors with a row per transition.
+Batch = collections.namedtuple("Batch", "obs action reward next_obs terminated")
 
 
-def td_loss(q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean (y - Q(s, a))^2 with the double-Q target y (van Hasselt et al. 2016), and the mean of Q(s, a)."""
+def td_loss(
+    q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean (y - Q(s, a))^2 with the double-Q target y, and the mean of Q(s, a).
+
+    (van Hasselt et al. 2016.) The online network chooses the next action, the target network
+    values it.
+    """
     with torch.no_grad():
         next_q, next_target = q_and_target(q, target_network, batch.next_obs)
         next_action = next_q.argmax(1, keepdim=True)
-        td_target = batch.reward + gamma * (1 - batch.terminated) * next_target.gather(1, next_action).squeeze(1)
+        next_value = next_target.gather(1, next_action).squeeze(1)
+        td_target = batch.reward + gamma * (1 - batch.terminated) * next_value
     q_value = q(batch.obs).gather(1, batch.action[:, None]).squeeze(1)
     return nn.functional.mse_loss(q_value, td_target), q_value.detach().mean()
 
 
 # ---- training
+NO_UPDATE = {"loss": None, "q_mean": None, "grad_norm": None}  # logged before the first update
+
+
 def train(args: Args) -> Path:
-    """Train one agent and return its run's folder. Raises UserError, and FloatingPointError when training diverges."""
+    """Train one agent and return its run's folder.
+
+    Raises UserError for a user's mistake, and FloatingPointError when training diverges.
+    """
     check(args)
-    run = metrics.Run(run_folder(args), asdict(args) | {"version": VERSION}, args.total_steps, args.eval_every, COLUMNS)
-    if run.finished:
-        (run.folder / "replay").unlink(missing_ok=True)  # if it was killed just before it could
-        return run.folder
-    torch.set_num_threads(THREADS if is_atari(args.env) else 1)  # one thread beats two on a small network
-    injected_at, smoothed = run.state.get("injected_at", []), run.state.get("smoothed")  # of a run that goes on
-    envs = make_env(args.env)
-    q = fresh_network(envs, args, 0)
-    target_network = copy.deepcopy(q).requires_grad_(False)
-    for at in injected_at:
-        q, target_network = inject(q, target_network, fresh_network(envs, args, at))
-    optimizer = adam(q, args)
-    replay = Replay(run.folder / "replay", envs.single_observation_space, args, new=not run.state)
-    run.load(q=q, target_network=target_network, optimizer=optimizer, replay=replay)
+    settings = {**asdict(args), "version": VERSION}
+    with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
+        replay_path = run.folder / "replay"
+        if run.finished:
+            replay_path.unlink(missing_ok=True)  # in case the run was killed just before it did
+            return run.folder
+        if not is_atari(args.env):
+            torch.set_num_threads(1)  # one thread beats two on a small network
 
-    for start, steps in run.intervals():
-        envs, obs, rng = fresh_start(args, start)
-        optimizer.zero_grad()  # a run that goes on has no gradients yet, and its log has to be the same
-        if args.env == "Digits":
-            # An interval is a task, with new labels. Old ones would poison the targets: a fault of memory, not of
-            # plasticity. Weights, target network and optimiser stay, for their plasticity is the question.
-            replay.empty()
-        episode_return, returns, update = 0.0, [], {}  # returns since the last row; figures of the latest update
-        for step in steps:
-            if injection_due(args, step, injected_at, smoothed):  # paper 3.1
-                q, target_network = inject(q, target_network, fresh_network(envs, args, step))
-                optimizer, update = adam(q, args), {}
-                injected_at, smoothed = [*injected_at, step], None
+        envs = make_env(args.env)
+        is_new = run.checkpoint is None
+        replay = Replay(replay_path, envs.single_observation_space, args, is_new)
+        if is_new:
+            q = fresh_network(envs, args, step=0)
+            target_network = copy.deepcopy(q).requires_grad_(False)
+            optimizer = adam(q, args)
+            injected_at = []
+            smoothed_metric = None
+        else:
+            q, target_network, optimizer = load_networks(run.checkpoint, envs, args)
+            injected_at = run.checkpoint["injected_at"]
+            smoothed_metric = run.checkpoint["smoothed_metric"]
+            load_replay(run, replay)
 
+        for step in run.steps():
+            if run.interval_begins(step):
+                # The environment and the random stream are new, and decided by (seed, step), so
+                # that a run that was killed here continues exactly.
+                envs, obs, rng = fresh_start(args, step - 1)
+                # A run that continues has no gradients yet, and its log has to be the same.
+                optimizer.zero_grad()
+                if args.env == "Digits":
+                    # An interval is a task with new labels. Transitions of the old ones would
+                    # poison the targets, which would be a fault of memory, not of plasticity.
+                    # Networks and optimiser stay, for their plasticity is the question.
+                    replay.empty()
+                episode_return = 0.0
+                returns = []  # of the episodes that ended since the latest row
+                update = NO_UPDATE
+
+            if injection_due(args, step, injected_at, smoothed_metric):
+                # Paper 3.1. The optimiser is new, too: moments of old weights mean nothing here.
+                fresh = fresh_network(envs, args, step)
+                q, target_network = inject(q, target_network, fresh)
+                optimizer = adam(q, args)
+                injected_at = [*injected_at, step]
+                smoothed_metric = None
+                update = NO_UPDATE
+
+            # Act, and remember what followed.
             epsilon = exploration_rate(args, step, replay)
             action = epsilon_greedy(q, obs, epsilon, rng)
             next_obs, reward, terminated, truncated, _ = envs.step(action)
             episode_over = terminated[0] or truncated[0]
             episode_return += float(reward[0])
-            clipped_reward = np.sign(reward[0]) if is_atari(args.env) else reward[0]  # Mnih et al. 2015
-            replay.add(obs[0], action[0], clipped_reward, next_obs[0], terminated[0], episode_over)
+            if is_atari(args.env):
+                reward = np.sign(reward)  # Mnih et al. 2015: games have scores of all sizes
+            replay.add(obs[0], action[0], reward[0], next_obs[0], terminated[0], episode_over)
             obs = next_obs
 
-            if replay.added > args.learning_starts and step % args.train_frequency == 0:
+            learning = replay.added > args.learning_starts
+            if learning and step % args.train_frequency == 0:
                 batch = replay.sample(args.batch_size, rng, args.device)
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                     loss, q_mean = td_loss(q, target_network, batch, args.gamma)
-                update = {"loss": loss.detach(), "q_mean": q_mean}
-                if l2_lambda := l2_coefficient(args, step):  # paper 3.2
-                    loss = loss + l2_lambda * squared_norm(trained(q))
+                update = {"loss": loss.detach(), "q_mean": q_mean, "grad_norm": None}
+                l2_lambda = l2_coefficient(args, step)
+                if l2_lambda > 0:
+                    # Paper 3.2. Only what is trained is regularised.
+                    loss = loss + l2_lambda * squared_norm(trainable(q))
                 optimizer.zero_grad()
                 loss.backward()
-                if args.max_grad_norm:
-                    update["grad_norm"] = nn.utils.clip_grad_norm_(trained(q).parameters(), args.max_grad_norm)
+                if args.max_grad_norm > 0:
+                    parameters = trainable(q).parameters()
+                    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+                    update["grad_norm"] = norm  # that before clipping
                 optimizer.step()
             if step % args.target_network_frequency == 0:
                 copy_to_target(q, target_network)
@@ -269,144 +409,297 @@ def train(args: Args) -> Path:
                 obs, _ = envs.reset()
 
             if run.row_due(step) or step % args.plasticity_every == 0:
-                row = {"step": step, "epsilon": epsilon, "l2_lambda": l2_coefficient(args, step)}
-                row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
-                row |= measurements(args, step, trained(q), replay) | update  # its grad_norm is that before clipping
-                if update and row.get(args.injection_trigger) is not None:  # not before learning has started
-                    smoothed = smooth(smoothed, row[args.injection_trigger])
-                if step == run.end:
-                    row["eval_return"] = evaluate(q, args, step)
+                if args.max_grad_norm == 0:
+                    update = {**update, "grad_norm": metrics.gradient_norm(trainable(q))}
+                row = {
+                    "step": step,
+                    "train_return": np.mean(returns) if returns else None,
+                    "eval_return": evaluate(q, args, step) if run.interval_ends(step) else None,
+                    "loss": update["loss"],
+                    "q_mean": update["q_mean"],
+                    "grad_norm": update["grad_norm"],
+                    "epsilon": epsilon,
+                    "l2_lambda": l2_coefficient(args, step),
+                    "injections": len(injected_at),
+                    **measurements(args, step, trainable(q), replay),
+                }
                 run.log(row)
                 returns = []
+                has_learned = update["loss"] is not None
+                if has_learned and args.injection_trigger:
+                    smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
-        replay.end_episode()  # the next interval starts another
-        if step == args.total_steps and args.env != "Digits":  # before the run counts as finished
-            metrics.save_gif(run.folder / "episode.gif", episode(q, args), envs.metadata.get("render_fps", 15))
-        run.save(step, q=q, target_network=target_network, optimizer=optimizer, replay=replay,
-                 injected_at=injected_at, smoothed=smoothed)  # fmt: skip
-    (run.folder / "replay").unlink()
-    return run.folder
-
-
-def fresh_network(envs: gym.vector.VectorEnv, args: Args, step: int) -> QNetwork:
-    """A newly initialised network, decided by (seed, step) alone."""
-    torch.manual_seed(seeds(args, step)[0])
-    return QNetwork(envs, args).to(args.device, memory_format=torch.channels_last)
+            if run.interval_ends(step):
+                replay.end_episode()  # the next interval starts another
+                if step == args.total_steps:
+                    save_episode(run.folder / "episode.gif", q, args)
+                run.save(
+                    {
+                        "step": step,
+                        "q": q.state_dict(),
+                        "target_network": target_network.state_dict(),
+                        "optimizer": optimizer.state_dict(),
+                        "injected_at": injected_at,
+                        "smoothed_metric": smoothed_metric,
+                        "replay": replay.state_dict(),
+                    }
+                )
+        replay.close()
+        replay_path.unlink()
+        return run.folder
 
 
 def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
-    return torch.optim.Adam(trained(q).parameters(), args.learning_rate, eps=args.adam_eps, fused=True)
+    """A new optimiser over what is trained of Q."""
+    parameters = trainable(q).parameters()
+    return torch.optim.Adam(parameters, args.learning_rate, eps=args.adam_eps, fused=True)
 
 
 def copy_to_target(q: nn.Module, target_network: nn.Module) -> None:
-    """Copy Q's parameters; from its first copy after an injection on, the target shares the frozen h."""
+    """Copy all parameters. After an injection the target network shares the frozen h of Q."""
     target_network.load_state_dict(q.state_dict())
     if isinstance(q, Injected):
         target_network.h = q.h
 
 
 # ---- when to inject
-def smooth(average: float | None, value: float) -> float:
-    """Exponential moving average with weight 0.8, as in the paper's figures."""
-    return value if average is None else 0.8 * average + 0.2 * value
+def smooth(average: float | None, value: float | None) -> float | None:
+    """Exponential moving average with weight 0.8, as in the paper's figures; None is no value."""
+    if value is None:
+        return average
+    if average is None:
+        return value
+    return 0.8 * average + 0.2 * value
 
 
-def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float | None) -> bool:
-    """At the steps given (paper 3.1), or when the smoothed metric has crossed the threshold (paper 6.1).
+def injection_due(
+    args: Args, step: int, injected_at: list[int], smoothed_metric: float | None
+) -> bool:
+    """At the steps given (paper 3.1), or when the smoothed metric crosses a threshold (paper 6.1).
 
     A triggered injection waits for 5 % of the run after the one before it.
     """
     if args.injection_trigger is None:
         return step in args.injection_steps
-    waited = not injected_at or step - injected_at[-1] >= 0.05 * args.total_steps
-    if smoothed is None or not waited or len(injected_at) == args.injections:
+    if smoothed_metric is None or len(injected_at) == args.injections:
         return False
-    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
+    if injected_at and step - injected_at[-1] < 0.05 * args.total_steps:
+        return False
+    excess = smoothed_metric - args.injection_threshold
+    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * excess >= 0
+
+
+# ---- acting
+def exploration_rate(args: Args, step: int, replay: "Replay") -> float:
+    """Epsilon: linear from start_e to end_e, on Atari from the step at which learning starts.
+
+    A task of Digits starts with random actions.
+    """
+    if args.env == "Digits" and replay.added < args.learning_starts:
+        return 1.0
+    begin = args.learning_starts if is_atari(args.env) else 0
+    end = max(begin + 1, args.exploration_fraction * args.total_steps)
+    return float(np.interp(step, (begin, end), (args.start_e, args.end_e)))
+
+
+@torch.inference_mode()
+def epsilon_greedy(
+    q: nn.Module, obs: np.ndarray, epsilon: float, rng: np.random.Generator
+) -> np.ndarray:
+    """One action per environment: a random one with probability epsilon, else the best."""
+    output_layer = trainable(q)[-1]
+    actions = rng.integers(output_layer.out_features, size=len(obs))
+    greedy = rng.random(len(obs)) >= epsilon
+    if greedy.any():
+        inputs = network_input(obs[greedy], output_layer.weight.device)
+        actions[greedy] = q(inputs).argmax(1).cpu().numpy()
+    return actions
+
+
+# ==================================================================================================
+# The method ends here. What follows is machinery, which a reader may skip: loading a checkpoint,
+# replay, environments, evaluation and measurements, checks of the settings, the command line.
+# ==================================================================================================
+
+
+# ---- loading a checkpoint
+def load_networks(
+    checkpoint: dict, envs: gym.vector.VectorEnv, args: Args
+) -> tuple[nn.Module, nn.Module, torch.optim.Adam]:
+    """Q, target network and optimiser as they were saved."""
+    q = fresh_network(envs, args, step=0)
+    target_network = copy.deepcopy(q).requires_grad_(False)
+    for step in checkpoint["injected_at"]:
+        q, target_network = inject(q, target_network, fresh_network(envs, args, step))
+    optimizer = adam(q, args)
+    q.load_state_dict(checkpoint["q"])
+    target_network.load_state_dict(checkpoint["target_network"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    return q, target_network, optimizer
+
+
+def load_replay(run: metrics.Run, replay: "Replay") -> None:
+    """Go on where the replay was. Raises UserError if its file is not what it was then."""
+    replay.load_state_dict(run.checkpoint["replay"])
+    if replay.fingerprint() != run.checkpoint["replay"]["fingerprint"]:
+        run.refuse_changed_file(replay.path)
 
 
 # ---- replay
 def slots_taken(args: Args, steps: int) -> int:
-    """By so many steps at most: the end of an episode takes a slot, too, and only on Atari are all episodes long."""
-    return int(steps * (17 / 16 if is_atari(args.env) else 2)) + 4
+    """How many slots of the replay so many steps take at most.
+
+    The end of an episode takes a slot, too, and only on Atari are all episodes long.
+    """
+    if is_atari(args.env):
+        return steps + steps // 16 + 4
+    return 2 * steps + 4
 
 
 class Replay:
-    """A ring of single frames in a file: an Atari transition costs 7 KB, of the disk, and only once it is there.
+    """A ring of single frames in a file: an Atari transition costs 7 KB of the disk, when it comes.
 
-    A slot holds the newest frame of an observation (a flat observation is one frame) and what followed. The observation
-    that ends an episode has a slot too, which no transition starts from. Slots are written like any file, so that a
-    full disk is an OSError (through a memory map it would kill the process), and read through a memory map.
+    A slot holds the newest frame of an observation (a flat observation is one frame) and what
+    followed. The observation that ends an episode has a slot, too, from which no transition starts.
+    Slots are written like any file, so that a full disk is an OSError (through a memory map it
+    would kill the process), and read through a memory map. They are numbered from the start of the
+    run, and slot k lies at k modulo the length of the ring.
     """
 
-    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, new: bool = True):
-        self.obs_shape, self.buffer_size = obs_space.shape, args.buffer_size
+    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, is_new: bool = True):
+        self.path = path
+        self.obs_shape = obs_space.shape
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
-        # end: no transition starts here; episode_start: the slot in which its episode started
-        marks = ("terminated", "?"), ("end", "?"), ("episode_start", "i8")
-        slot = np.dtype([("frame", obs_space.dtype, obs_space.shape[-2:]), ("action", "i2"), ("reward", "f4"), *marks])
-        # An interval more than asked for, so that a run that goes on from its last checkpoint finds all it had
-        slots = args.buffer_size + slots_taken(args, args.eval_every)
-        self.file = open(path, "w+b" if new else "r+b")  # noqa: SIM115 - open for the run
-        self.file.truncate(slots * slot.itemsize)  # for the map, which has a fixed length; it takes no disk yet
-        self.ring = np.memmap(path, slot, "r", shape=slots).view(np.ndarray)  # without memmap's slow indexing
-        # Slots are numbered from the start of the run; slot k lies at k modulo the length of the ring.
-        self.next = 0  # slot to be written
-        self.episode_start = 0  # where the episode started
-        self.first = 0  # first slot since the replay was emptied
+        self.buffer_size = args.buffer_size
+        self.slot = np.dtype(
+            [
+                ("frame", obs_space.dtype, obs_space.shape[-2:]),
+                ("action", "i2"),
+                ("reward", "f4"),
+                ("terminated", "?"),
+                ("end", "?"),  # no transition starts here
+                ("episode_start", "i8"),  # the slot in which its episode started
+            ]
+        )
+        # There is an interval more than asked for, so that a run that continues from its latest
+        # checkpoint finds all that it had.
+        self.length = args.buffer_size + slots_taken(args, args.eval_every)
+        if is_new or not path.exists():
+            path.write_bytes(b"")
+        self.file = open(path, "r+b")  # noqa: SIM115 - it stays open during the run
+        self.file.truncate(self.length * self.slot.itemsize)  # takes no disk before it is written
+        self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.ring = np.frombuffer(self.map, self.slot)
+        self.next = 0  # the slot to be written
+        self.episode_start = 0  # the slot in which the episode started
+        self.first = 0  # the first slot since the replay was emptied
         self.added = 0  # transitions since then
+
+    def close(self) -> None:
+        """Give the file free, which Windows asks for before it is deleted."""
+        self.ring = None
+        self.map.close()
+        self.file.close()
 
     def state_dict(self) -> dict[str, int]:
         os.fsync(self.file.fileno())
-        return {name: getattr(self, name) for name in ("next", "episode_start", "first", "added")}
+        return {
+            "next": self.next,
+            "episode_start": self.episode_start,
+            "first": self.first,
+            "added": self.added,
+            "fingerprint": self.fingerprint(),
+        }
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        vars(self).update(state)
+        self.next = state["next"]
+        self.episode_start = state["episode_start"]
+        self.first = state["first"]
+        self.added = state["added"]
 
-    def add(self, obs, action: int, reward: float, next_obs, terminated: bool, episode_over: bool) -> None:
-        frame, next_frame = (obs, next_obs) if self.stack == 1 else (obs[-1], next_obs[-1])
-        transition = (frame, action, reward, terminated, False, self.episode_start)
-        end = (next_frame, 0, 0.0, False, True, self.episode_start)  # overwritten if the episode goes on
-        for slot, content in enumerate((transition, end), start=self.next):
-            self.file.seek(slot % len(self.ring) * self.ring.itemsize)
-            self.file.write(np.array(content, self.ring.dtype))
+    def fingerprint(self) -> int:
+        """A checksum of the oldest and the newest slots: another file of this name has another."""
+        oldest = self.oldest()
+        count = min(100, self.next - oldest)
+        slots = np.arange(count)
+        chosen = np.concatenate([oldest + slots, self.next - 1 - slots])
+        return zlib.crc32(self.ring[chosen % self.length].tobytes())
+
+    def oldest(self) -> int:
+        """The oldest slot that may be drawn."""
+        return max(self.first, self.next - self.buffer_size)
+
+    def add(
+        self, obs, action: int, reward: float, next_obs, terminated: bool, episode_over: bool
+    ) -> None:
+        """Raises FloatingPointError for an observation or a reward that is NaN or infinite."""
+        if not np.isfinite(next_obs).all() or not np.isfinite(reward):
+            what = "an observation or a reward of the environment is NaN or infinite"
+            raise FloatingPointError(f"{what}, which no training can mend")
+        frame = obs
+        next_frame = next_obs
+        if self.stack > 1:
+            frame = obs[-1]
+            next_frame = next_obs[-1]
+        self.write(self.next, (frame, action, reward, terminated, False, self.episode_start))
+        # This slot is overwritten by the next transition, unless the episode ends here.
+        self.write(self.next + 1, (next_frame, 0, 0.0, False, True, self.episode_start))
         self.file.flush()
-        self.next, self.added = self.next + 1, self.added + 1
+        self.next += 1
+        self.added += 1
         if episode_over:
             self.end_episode()
+
+    def write(self, slot: int, content: tuple) -> None:
+        self.file.seek(slot % self.length * self.slot.itemsize)
+        self.file.write(np.array(content, self.slot))
 
     def end_episode(self) -> None:
         """Keep the slot of the last observation, unless an episode has just ended."""
         if self.next > self.episode_start:
-            self.next = self.episode_start = self.next + 1
+            self.next += 1
+            self.episode_start = self.next
 
     def empty(self) -> None:
-        self.first, self.added = self.next, 0
+        self.first = self.next
+        self.added = 0
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Slots that transitions start from, uniform over the newest `buffer_size`."""
-        oldest = max(self.first, self.next - self.buffer_size)
-        slots = rng.integers(oldest, self.next, size=count)
-        while (ends := self.ring["end"][slots % len(self.ring)]).any():
-            slots[ends] = rng.integers(oldest, self.next, size=ends.sum())
-        return slots
+        """Slots from which transitions start, uniform over the newest `buffer_size`."""
+        slots = rng.integers(self.oldest(), self.next, size=count)
+        while True:
+            ends = self.ring["end"][slots % self.length]
+            if not ends.any():
+                return slots
+            slots[ends] = rng.integers(self.oldest(), self.next, size=ends.sum())
 
     def observations(self, slots: np.ndarray) -> np.ndarray:
         """As the environment returned them: what a stack holds from before its episode is black."""
         stacks = slots[:, None] + np.arange(1 - self.stack, 1)
-        frames = self.ring["frame"][stacks % len(self.ring)]
-        frames[stacks < self.ring["episode_start"][stacks[:, -1:] % len(self.ring)]] = 0
+        frames = self.ring["frame"][stacks % self.length]
+        episode_starts = self.ring["episode_start"][stacks[:, -1:] % self.length]
+        frames[stacks < episode_starts] = 0
         return frames.reshape(-1, *self.obs_shape)
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
         slots = self.draw(batch_size, rng)
-        obs, next_obs = (network_input(self.observations(slots + offset), device) for offset in (0, 1))
-        columns = [self.ring[name][slots % len(self.ring)] for name in ("action", "reward", "terminated")]
-        action, reward, terminated = (torch.as_tensor(array, device=device) for array in columns)
-        return Batch(obs, action.long(), reward, next_obs, terminated.float())
+        places = slots % self.length
+        action = torch.as_tensor(self.ring["action"][places], device=device)
+        terminated = torch.as_tensor(self.ring["terminated"][places], device=device)
+        return Batch(
+            obs=network_input(self.observations(slots), device),
+            action=action.long(),
+            reward=torch.as_tensor(self.ring["reward"][places], device=device),
+            next_obs=network_input(self.observations(slots + 1), device),
+            terminated=terminated.float(),
+        )
 
 
 def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
-    """Pixels 0..255 become floats 0..1, in the memory layout that convolutions like best; flat observations stay."""
+    """Flat observations as they are; of Atari, pixels 0..255 as floats 0..1.
+
+    The memory layout is that which convolutions like best.
+    """
     obs = torch.as_tensor(obs, device=device)
     if obs.dtype != torch.uint8:
         return obs
@@ -417,14 +710,15 @@ def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
 class Digits(gym.Env):
     """Name 100 handwritten digits whose labels are drawn anew in every episode.
 
-    Drawing random labels anew is from Lyle et al. 2023, appendix A.1; the chain to the next label is ours.
-    Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label, which leads to an image of the
-    next label (modulo 10); 0 otherwise, which leads to any image. One episode is one task of 1,500 steps, so its return
-    says how well the network could still learn. Chance is 150.
+    To draw random labels anew is from Lyle et al. 2023, appendix A.1; the chain to the next label
+    is ours. Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label,
+    which leads to an image of the next label (modulo 10); 0 otherwise, which leads to any image.
+    One episode is one task of 1,500 steps, so its return shows how well the network could still
+    learn. Chance is 150.
     """
 
     def __init__(self):
-        from sklearn.datasets import load_digits  # takes a second to import, which no other task should pay
+        from sklearn.datasets import load_digits  # takes a second, which no other task should pay
 
         chosen = np.random.default_rng(123).permutation(1797)[:100]
         self.images = (load_digits().data[chosen] / 16).astype(np.float32)
@@ -439,96 +733,139 @@ class Digits(gym.Env):
 
     def step(self, action):
         label = self.labels[self.image]
-        candidates = np.flatnonzero(self.labels == (label + 1) % 10) if action == label else []
-        self.image = self.np_random.choice(candidates if len(candidates) else 100)
-        return self.images[self.image].copy(), float(action == label), False, False, {}
+        correct = bool(action == label)
+        candidates = np.arange(100)
+        if correct and (self.labels == (label + 1) % 10).any():
+            candidates = np.flatnonzero(self.labels == (label + 1) % 10)
+        self.image = self.np_random.choice(candidates)
+        return self.images[self.image].copy(), float(correct), False, False, {}
 
 
-gym.register("Digits", Digits, max_episode_steps=1_500)
+DIGITS_TASK = 1_500  # steps
+gym.register("Digits", Digits, max_episode_steps=DIGITS_TASK)
 
 
 def is_atari(env_id: str) -> bool:
     return f"ALE/{env_id}-v5" in gym.registry
 
 
-def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
-    """`num_envs` copies of a task. Observations: uint8 (num_envs, 4, 84, 84) of Atari, float (num_envs, n) of others.
+def short_name(env_id: str) -> str:
+    """One name for a task: MsPacman for ALE/MsPacman-v5, LunarLander for its newest version."""
+    atari = re.fullmatch("ALE/(.*)-v5", env_id)
+    if atari:
+        return atari[1]
+    try:
+        namespace, name, version = parse_env_id(env_id)
+    except gym.error.Error:  # it is refused later, with all other mistakes
+        return env_id
+    newest = find_highest_version(namespace, name)
+    if is_atari(name) or version is None or version != newest:
+        return env_id
+    return get_env_id(namespace, name, None)
 
-    Atari as in Mnih et al. 2015 (up to 30 no-ops, frame skip 4 with a maximum over 2, no sticky actions, FIRE pressed
-    where needed), but episodes end with the game, not with a life, and rewards are the game's own.
+
+def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
+    """`num_envs` copies of a task.
+
+    Observations: uint8 (num_envs, 4, 84, 84) of Atari, float32 (num_envs, n) of others. Atari as in
+    Mnih et al. 2015 (up to 30 no-ops, frame skip 4 with a maximum over 2, no sticky actions, FIRE
+    pressed where needed), but episodes end with the game, not with a life, and rewards are the
+    game's own.
     """
     if is_atari(env_id):
         rom = gym.registry[f"ALE/{env_id}-v5"].kwargs["game"]  # "ms_pacman" for "MsPacman"
-        return AtariVectorEnv(rom, num_envs, reward_clipping=False, num_threads=min(num_envs, os.cpu_count()))
-    version = gym.envs.registration.find_highest_version(None, env_id)  # so that "LunarLander" is "LunarLander-v3"
-    env_id = env_id if version is None else f"{env_id}-v{version}"
-    return gym.make_vec(env_id, num_envs, vectorization_mode="sync", **options)
+        threads = min(num_envs, os.cpu_count())
+        return AtariVectorEnv(rom, num_envs, reward_clipping=False, num_threads=threads)
+    namespace, name, version = parse_env_id(env_id)
+    if version is None:
+        version = find_highest_version(namespace, name)
+    full_id = get_env_id(namespace, name, version)
+    envs = gym.make_vec(full_id, num_envs, vectorization_mode="sync", **options)
+    if envs.single_observation_space.dtype == np.float64:
+        envs = gym.wrappers.vector.DtypeObservation(envs, np.float32)
+    return envs
 
 
-# Random streams: (seed, step) trains from that step on, (seed, step, 1) evaluates, (seed, step, 2) measures.
+# Random streams: (seed, step) trains from that step on, (seed, step, 1) evaluates, and
+# (seed, step, 2) measures.
 def seeds(args: Args, step: int) -> list[int]:
-    """Two numbers decided by (seed, step), below 2^31 as emulators need them: for a network, for an environment."""
-    return [int(number >> 1) for number in np.random.SeedSequence((args.seed, step)).generate_state(2)]
+    """Two numbers decided by (seed, step): for a network, and for an environment."""
+    numbers = np.random.SeedSequence((args.seed, step)).generate_state(2)
+    return [int(number >> 1) for number in numbers]  # below 2^31, as emulators need them
 
 
-def fresh_start(args: Args, step: int, **options) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
-    """A new environment, its first observation, and the random stream of training, all decided by (seed, step)."""
+def fresh_start(
+    args: Args, step: int, **options
+) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
+    """A new environment, its first observation, and a random stream, decided by (seed, step)."""
     envs = make_env(args.env, **options)
-    return envs, envs.reset(seed=seeds(args, step)[1])[0], np.random.default_rng((args.seed, step))
+    obs, _ = envs.reset(seed=seeds(args, step)[1])
+    return envs, obs, np.random.default_rng((args.seed, step))
 
 
-# ---- acting, evaluation and measurements
-def exploration_rate(args: Args, step: int, replay: Replay) -> float:
-    """Linear from start_e to end_e, on Atari once learning starts. A task of Digits starts with random actions."""
-    if args.env == "Digits" and replay.added < args.learning_starts:
-        return 1.0
-    begin = args.learning_starts if is_atari(args.env) else 0
-    end = max(begin + 1, args.exploration_fraction * args.total_steps)
-    return float(np.interp(step, (begin, end), (args.start_e, args.end_e)))
-
-
-@torch.inference_mode()
-def epsilon_greedy(q: nn.Module, obs: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
-    """One action per environment."""
-    output_layer = trained(q)[-1]
-    actions = rng.integers(output_layer.out_features, size=len(obs))
-    greedy = rng.random(len(obs)) >= epsilon
-    if greedy.any():
-        inputs = network_input(obs[greedy], output_layer.weight.device)
-        actions[greedy] = q(inputs).argmax(1).cpu().numpy()
-    return actions
+# ---- evaluation and measurements
+EVALUATION_EPSILON = 0.02
+LONGEST_EPISODE = 27_000  # steps of an evaluation's episode, as on Atari; others may never end
 
 
 def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
-    """Mean return, rewards unclipped, of one whole episode in each of `eval_episodes` environments, at epsilon 0.02."""
-    if args.env == "Digits":  # there the training return says it all
+    """Mean return, rewards unclipped, of one episode in each of `eval_episodes` environments.
+
+    Actions are random with probability 0.02.
+    """
+    if args.env == "Digits":  # its training return is the score
         return None
-    envs, rng = make_env(args.env, args.eval_episodes), np.random.default_rng((args.seed, step, 1))
+    envs = make_env(args.env, args.eval_episodes)
+    rng = np.random.default_rng((args.seed, step, 1))
     obs, _ = envs.reset(seed=int(rng.integers(2**31 - args.eval_episodes)))
-    returns, running = np.zeros(args.eval_episodes), np.ones(args.eval_episodes, bool)
-    while running.any():  # environments whose episode is over play on, unheeded
-        obs, rewards, terminated, truncated, _ = envs.step(epsilon_greedy(q, obs, 0.02, rng))
+    returns = np.zeros(args.eval_episodes)
+    running = np.ones(args.eval_episodes, bool)
+    for _ in range(LONGEST_EPISODE):
+        actions = epsilon_greedy(q, obs, EVALUATION_EPSILON, rng)
+        obs, rewards, terminated, truncated, _ = envs.step(actions)
         returns += rewards * running
-        running &= ~(terminated | truncated)
+        running &= ~(terminated | truncated)  # environments whose episode is over play on unheeded
+        if not running.any():
+            break
     return float(returns.mean())
 
 
+def save_episode(path: Path, q: nn.Module, args: Args) -> None:
+    """A GIF of one episode; Digits has nothing to show."""
+    if args.env != "Digits":
+        fps = make_env(args.env).metadata.get("render_fps", 15)
+        metrics.save_gif(path, episode(q, args), fps)
+
+
 def episode(q: nn.Module, args: Args) -> Iterator[np.ndarray]:
-    """The pictures of an episode as in `evaluate`: what the network sees of Atari, what another task renders."""
+    """The pictures of an episode like those of `evaluate`.
+
+    They are what the network sees of Atari, and what another task renders.
+    """
     envs, obs, rng = fresh_start(args, args.total_steps, render_mode="rgb_array")
-    terminated = truncated = [False]
-    while not (terminated[0] or truncated[0]):
-        yield obs[0, -1].repeat(3, 0).repeat(3, 1) if is_atari(args.env) else envs.render()[0]
-        obs, _, terminated, truncated, _ = envs.step(epsilon_greedy(q, obs, 0.02, rng))
+    for _ in range(LONGEST_EPISODE):
+        if is_atari(args.env):
+            yield obs[0, -1].repeat(3, 0).repeat(3, 1)
+        else:
+            yield envs.render()[0]
+        actions = epsilon_greedy(q, obs, EVALUATION_EPSILON, rng)
+        obs, _, terminated, truncated, _ = envs.step(actions)
+        if terminated[0] or truncated[0]:
+            return
 
 
-def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
-    """The metrics of the network that trains, on 512 observations of the replay, by a random stream of their own."""
+def measurements(
+    args: Args, step: int, network: nn.Sequential, replay: Replay
+) -> dict[str, float | None]:
+    """The metrics of the network that is trained, on 512 observations of the replay.
+
+    They are drawn by a random stream of their own, so that measuring changes nothing.
+    """
     rng = np.random.default_rng((args.seed, step, 2))
     obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
-    row = metrics.measure(network, obs)
+    probe = dict.fromkeys(metrics.PROBED)
     if step % args.plasticity_every == 0:
-        row |= metrics.measure_plasticity(
+        probe = metrics.measure_plasticity(
             network,
             obs,
             seed=int(rng.integers(2**31)),
@@ -537,59 +874,122 @@ def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) 
             batch_size=args.batch_size,
             updates=args.plasticity_updates,
         )
-    return row
+    return {**metrics.measure(network, obs), **probe}
 
 
 # ---- checks of the settings
-AT_LEAST_1 = ("total_steps", "eval_every", "plasticity_every", "eval_episodes", "batch_size", "train_frequency")
-AT_LEAST_1 += ("target_network_frequency", "l2_on_steps")
-BOUNDS = dict.fromkeys(AT_LEAST_1, (1, np.inf)) | {"learning_rate": (1e-12, np.inf), "buffer_size": (2, np.inf)}
-BOUNDS |= dict.fromkeys(("gamma", "start_e", "end_e", "exploration_fraction"), (0, 1))
+# Where a number must lie; all others in 0..inf.
+BOUNDS = {
+    "total_steps": (1, np.inf),
+    "eval_every": (1, np.inf),
+    "eval_episodes": (1, np.inf),
+    "plasticity_every": (1, np.inf),
+    "plasticity_updates": (10, np.inf),
+    "learning_rate": (1e-12, np.inf),
+    "gamma": (0, 1),
+    "batch_size": (1, np.inf),
+    "buffer_size": (2, np.inf),
+    "train_frequency": (1, np.inf),
+    "target_network_frequency": (1, np.inf),
+    "start_e": (0, 1),
+    "end_e": (0, 1),
+    "exploration_fraction": (0, 1),
+    "l2_on_steps": (1, np.inf),
+}
 
 
 def check(args: Args) -> None:
     """Raise UserError, saying what is wrong and what would be right, before anything is written."""
     metrics.check(args, BOUNDS)
     check_injections(args)
-    on_gpu, cpu = args.device == "cuda", torch.cpu.get_capabilities()
-    has_bf16 = torch.cuda.is_bf16_supported() if on_gpu else any(cpu[name] for name in cpu if "bf16" in name)
-    refuse(args.bf16 and not has_bf16, f"--bf16: this {'GPU' if on_gpu else 'CPU'} has no bfloat16")
-    refuse(args.buffer_size < args.batch_size, "--buffer-size must be at least --batch-size")
-    refuse(args.learning_starts >= args.total_steps, "--learning-starts must lie below --total-steps")
-    wrong = args.env == "Digits" and (args.eval_every != 1_500 or args.learning_starts >= 1_500)
-    refuse(wrong, "--env Digits: --eval-every must be 1500, the length of a task, and --learning-starts below it")
-    try:
-        envs = make_env(args.env)
-    except Exception as error:  # whatever a third-party environment raises
-        raise UserError(f"--env {args.env} cannot be made: {' '.join(str(error).split())}") from error
-    actions, obs = envs.single_action_space, envs.single_observation_space
-    counted = isinstance(actions, gym.spaces.Discrete) and actions.start == 0
-    refuse(not counted, f"--env {args.env} has actions {actions}, not Discrete ones from 0 on")
-    flat = isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1 and obs.dtype == np.float32
-    refuse(not (flat or is_atari(args.env)), f"--env {args.env} has observations {obs}, not a flat Box of float32")
-    slot_bytes = int(np.prod(obs.shape[-2:])) * obs.dtype.itemsize + 16  # of a stack, one frame
-    spare, free = slots_taken(args, args.eval_every), shutil.disk_usage(".").free - 10**8  # for all else in the run
-    needed = slot_bytes * min(args.buffer_size + spare, slots_taken(args, args.total_steps))
-    too_little = needed > free and not (run_folder(args) / "checkpoint.pt").exists()  # a run that goes on has its disk
-    sizes = f"the replay needs {needed / 1e6:,.1f} MB of disk, {max(0, free) / 1e6:,.1f} MB are free for it"
-    refuse(too_little, f"{sizes}: make room, or start with at most --buffer-size {max(0, free // slot_bytes - spare)}")
+    if args.bf16:
+        check_bf16(args.device)
+    if args.buffer_size < args.batch_size:
+        raise UserError("--buffer-size must be at least --batch-size")
+    if args.learning_starts >= args.total_steps:
+        raise UserError("--learning-starts must lie below --total-steps")
+    if args.env == "Digits" and args.eval_every != DIGITS_TASK:
+        raise UserError(f"--env Digits: --eval-every must be {DIGITS_TASK}, the length of a task")
+    if args.env == "Digits" and args.learning_starts >= DIGITS_TASK:
+        raise UserError(f"--env Digits: --learning-starts must lie below {DIGITS_TASK}, a task")
+    obs_space = check_env(args.env)
+    check_disk(args, obs_space)
 
 
 def check_injections(args: Args) -> None:
     """The injection settings agree with each other and with the length of the run."""
-    steps, shown = args.injection_steps, " ".join(map(str, args.injection_steps))
+    steps = args.injection_steps
+    shown = " ".join(map(str, steps))
     if args.injection_trigger or args.injection_threshold is not None:
-        valid = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
-        refuse(not valid, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
+        complete = args.injection_trigger and args.injection_threshold is not None
+        if not complete or args.injections == 0 or steps:
+            needs = "needs --injection-threshold and --injections, and excludes --injection-steps"
+            raise UserError(f"--injection-trigger {needs}")
+    elif len(steps) != args.injections:
+        raise UserError(f"--injections {args.injections} but --injection-steps {shown}")
+    in_range = all(1 <= step <= args.total_steps for step in steps)
+    if not in_range or list(steps) != sorted(set(steps)):
+        limits = f"must increase and must lie in 1..{args.total_steps}"
+        raise UserError(f"--injection-steps {shown} {limits}")
+
+
+def check_bf16(device: str) -> None:
+    if device == "cuda":
+        supported = torch.cuda.is_bf16_supported()
     else:
-        refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
-    right = list(steps) == sorted({step for step in steps if 1 <= step <= args.total_steps})
-    refuse(not right, f"--injection-steps {shown} must increase and must lie in 1..{args.total_steps}")
+        capabilities = torch.cpu.get_capabilities()
+        supported = any(capabilities[name] for name in capabilities if "bf16" in name)
+    if not supported:
+        raise UserError(f"--bf16: the hardware of --device {device} has no bfloat16")
+
+
+def check_env(env_id: str) -> gym.spaces.Box:
+    """The space of its observations."""
+    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id)
+    if is_atari(game) and game != env_id:
+        raise UserError(f"--env {env_id}: use {game}, the game with the settings of the README")
+    try:
+        envs = make_env(env_id)
+    except Exception as error:  # whatever a third-party environment raises
+        reason = " ".join(str(error).split())
+        raise UserError(f"--env {env_id} cannot be made: {reason}") from error
+    actions = envs.single_action_space
+    if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
+        raise UserError(f"--env {env_id} has actions {actions}, not Discrete ones from 0 on")
+    obs_space = envs.single_observation_space
+    flat = isinstance(obs_space, gym.spaces.Box) and len(obs_space.shape) == 1
+    if not is_atari(env_id) and not (flat and obs_space.dtype == np.float32):
+        raise UserError(f"--env {env_id} has observations {obs_space}, not a flat Box of floats")
+    return obs_space
+
+
+def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
+    """A new run needs room for its replay, and 100 MB for all else."""
+    folder = run_folder(args)
+    if (folder / "checkpoint.pt").exists():  # a run that continues has its disk
+        return
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free - 10**8
+    frame_bytes = int(np.prod(obs_space.shape[-2:])) * obs_space.dtype.itemsize
+    slot_bytes = frame_bytes + 16
+    spare_slots = slots_taken(args, args.eval_every)
+    slots = min(args.buffer_size + spare_slots, slots_taken(args, args.total_steps))
+    if slot_bytes * slots > free:
+        needed = f"the replay needs {slot_bytes * slots / 1e6:,.1f} MB of disk"
+        fitting = max(0, free // slot_bytes - spare_slots)
+        raise UserError(
+            f"{needed}, {max(0, free) / 1e6:,.1f} MB are free for it: "
+            f"make room, or start with at most --buffer-size {fitting}"
+        )
 
 
 def main() -> int:
-    envs = re.findall(r"--env[= ](\S+)", " ".join(sys.argv))  # its defaults are those that --help shows
-    return metrics.command(train, Args(env=envs[-1] if envs else "MsPacman"))
+    # The defaults that --help shows are those of the task.
+    tasks = ["MsPacman", *re.findall(r"--env[= ](\S+)", " ".join(sys.argv))]
+    defaults = Args(env=tasks[-1])
+    defaults.injections = None  # so that --injections 0 with --injection-steps is a contradiction
+    return metrics.command(train, defaults)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,34 @@
-"""Implicit Q-learning, trained offline and fine-tuned online, with every remedy of the paper as a flag.
+"""Implicit Q-learning, offline, then online, with every remedy of the paper as a flag.
 
-"The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement Learning with
-Plasticity Injection and Plasticity Metric Regularization; the README lists all others that are cited here.
-A point has to cross four rooms (PointmassHard). An explorer that does not know the task collects data; IQL learns from
-them alone, then goes on in the environment (paper section 5). The optimal return is -33, random actions get -100.
-IQL (Kostrikov et al. 2022) never asks for the value of an action that the data do not hold. One update, on one batch
-(theirs takes the smaller of two target values, and updates V before the others):
+"The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement
+Learning with Plasticity Injection and Plasticity Metric Regularization. The README lists all other
+papers that are cited here.
+
+A point has to cross four rooms (PointmassHard). An explorer that does not know the task collects
+data; IQL learns from them alone, and then continues in the environment (paper section 5). The
+optimal return is -33, random actions get -100. IQL (Kostrikov et al. 2022) never asks for the value
+of an action that the data do not hold. One update, on one batch, is
 
     u       = Q_target(s, a) - V(s)
-    loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5: V nears the data's best Q
+    loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5
     loss_Q  = mean (r + gamma * (1 - terminated) * V(s') - Q(s, a))^2     their eq. 6
-              + lambda(step) * ||phi||^2                                  phi: what trains of Q (paper 3.2)
+              + lambda(step) * ||phi||^2                                  paper 3.2
     loss_pi = -mean min(exp(beta * u), 100) * log pi(a | s)               their eq. 7
     Q_target <- (1 - polyak) * Q_target + polyak * Q
 
-Plasticity injection (Nikishin et al. 2023; paper 3.1) freezes Q and lets a fresh network learn what is missing, without
-changing a single value at that moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 trains.
+where phi are the parameters of Q that are trained. (Theirs takes the smaller of two target values,
+and updates V before the others.) A plasticity injection (paper 3.1) freezes Q and lets a fresh
+network learn what is missing, without changing a single value at that moment: Q <- Q + (f1 - f2)
+with f1 = f2 fresh, of which only f1 is trained. Nikishin et al. (2023), who invented it, inject the
+head of a network on a shared encoder; the paper freezes all of Q. V and the actor are neither
+injected nor measured.
 
     python iql_pointmass_finetune.py
     python iql_pointmass_finetune.py --injections 1
     python plot.py runs/
 
-A run is the folder runs/<env>__<variant>__seed<k>. The same command given again continues an unfinished run exactly.
+A run is the folder runs/<env>__<variant>__seed<k>. The same command given again continues an
+unfinished run exactly.
 """
 
 import collections
@@ -30,6 +37,7 @@ import io
 import itertools
 import math
 import sys
+import zlib
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -43,59 +51,92 @@ from torch import nn
 from tqdm import tqdm
 
 import metrics
-from metrics import UserError, refuse, run_folder
+from metrics import UserError, run_folder
 
 VERSION = 3  # raised whenever the networks or what is saved of them change
-COLUMNS = ("step", "phase", "train_return", "eval_return", "q_loss", "v_loss", "actor_loss", "q_mean", "grad_norm")
-COLUMNS += ("l2_lambda", "injections", *metrics.METRICS, *metrics.FRESH_METRICS)
 
 
 # ---- settings
 @dataclass
 class Args:
-    """Implicit Q-learning, offline then online, with remedies against the loss of plasticity."""
+    """Implicit Q-learning, offline then online, with remedies for lost plasticity.
 
-    # ---- The run; a step is one update, online also one of the environment
-    env: Literal["PointmassEasy", "PointmassMedium", "PointmassHard"] = "PointmassHard"  # the maze
-    seed: int = 1  # decides everything: the same seed, machine and thread count give the same log
-    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"  # a CUDA GPU if there is one
-    dataset: str | None = None  # .npz file of transitions; left out: those collected for the seed
-    collect_steps: int = 10_000  # transitions that the explorer collects
-    offline_steps: int = 100_000  # updates on the collected data alone
-    online_steps: int = 100_000  # then environment steps, with an update after each
-    eval_every: int = 5_000  # steps between evaluations, each with a checkpoint
-    plasticity_every: int = 2_000  # steps between measurements of plasticity
-    plasticity_updates: int = 120  # updates of such a measurement, a multiple of ten
-    eval_episodes: int = 50  # whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100
-    # ---- Implicit Q-learning with Adam
-    learning_rate: float = 3e-4  # step size of Adam, for all three networks
-    gamma: float = 0.95  # discount per step
-    batch_size: int = 128  # transitions in an update
-    expectile: float = 0.99  # of Q over the data's actions that V learns: 0.5 is their mean, 1 their maximum
-    beta: float = 10.0  # inverse temperature of the actor: 0 imitates the data, more seeks value
-    polyak: float = 0.005  # share of Q that enters the target network at every step
-    # ---- Plasticity injection (paper 3.1): freeze the network, let a fresh one learn what is missing
-    injections: int = 0  # how many plasticity injections; with a trigger, at most
-    injection_steps: tuple[int, ...] = ()  # at which steps; none given: evenly over the online phase, from its start
-    injection_trigger: Literal[metrics.METRICS] | None = None  # inject when the moving average of this metric ...
-    injection_threshold: float | None = None  # ... crosses this: weight_magnitude, dormant_units upwards, others down
-    # ---- L2 regularisation (paper 3.2): lambda(step) * ||phi||^2 is added to the loss
-    l2: Literal["none", "constant", "incremental", "periodic"] = "none"  # schedule of lambda
-    l2_lambda: float = 1e-4  # constant, periodic: lambda
-    l2_start: float = 0.0  # incremental: lambda at the start of the run
-    l2_end: float = 2e-4  # incremental: lambda at its end
-    l2_on_steps: int = 50_000  # periodic: steps with lambda (N in the paper)
-    l2_off_steps: int = 10_000  # periodic: steps without it (M), then again
-    # ---- The Q-network (paper 3.3)
-    layer_norm: Literal["none", "before", "after"] = "none"  # LayerNorm of every hidden layer, before or after the activation
-    leaky_relu: bool = False  # LeakyReLU (slope 0.01) in place of tanh
+    A step is one update, and online also one step of the environment.
+    """
+
+    # The maze.
+    env: Literal["PointmassEasy", "PointmassMedium", "PointmassHard"] = "PointmassHard"
+    # It decides everything: the same seed, machine and thread count give the same log.
+    seed: int = 1
+    # By default a CUDA GPU if there is one.
+    device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
+    # An .npz file of transitions. By default those that an explorer collects for the seed.
+    dataset: str | None = None
+    # Transitions that the explorer collects.
+    collect_steps: int = 10_000
+    # Updates on the collected data alone.
+    offline_steps: int = 100_000
+    # Steps of the environment after these, with an update after each.
+    online_steps: int = 100_000
+    # Steps between evaluations, each with a checkpoint.
+    eval_every: int = 5_000
+    # Whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100.
+    eval_episodes: int = 50
+    # Steps between measurements of plasticity.
+    plasticity_every: int = 2_000
+    # Updates of a measurement of plasticity, a multiple of ten.
+    plasticity_updates: int = 120
+
+    # Step size of Adam, for all three networks.
+    learning_rate: float = 3e-4
+    # Discount per step.
+    gamma: float = 0.95
+    # Transitions in an update.
+    batch_size: int = 128
+    # Of Q over the data's actions, which V learns: 0.5 is their mean, 1 their maximum.
+    expectile: float = 0.99
+    # Inverse temperature of the actor: 0 imitates the data, more seeks value.
+    beta: float = 10.0
+    # Share of Q that enters the target network at every step.
+    polyak: float = 0.005
+
+    # How many plasticity injections; with a trigger, at most. By default one at each step given.
+    injections: int | None = None
+    # At which steps to inject. By default evenly over the online phase.
+    injection_steps: tuple[int, ...] = ()
+    # Inject when the moving average of this metric crosses the threshold.
+    injection_trigger: Literal[metrics.METRICS] | None = None
+    # The trigger fires above it for weight_magnitude and dormant_units, below it for the others.
+    injection_threshold: float | None = None
+
+    # Schedule of lambda, which multiplies the squared norm of the parameters in the loss.
+    l2: Literal["none", "constant", "incremental", "periodic"] = "none"
+    # Lambda of constant and periodic L2.
+    l2_lambda: float = 1e-4
+    # Lambda of incremental L2 at the start of the run.
+    l2_start: float = 0.0
+    # Lambda of incremental L2 at the end of the run.
+    l2_end: float = 2e-4
+    # Steps with lambda in a period of periodic L2 (N in the paper).
+    l2_on_steps: int = 50_000
+    # Steps without lambda that follow (M in the paper).
+    l2_off_steps: int = 10_000
+
+    # Normalise each hidden layer of Q before its activation, so that no unit goes without a
+    # gradient, or after it, so that the inputs of the next layer are normalised: two remedies.
+    layer_norm: Literal["none", "before", "after"] = "none"
+    # LeakyReLU with a slope of 0.01 in place of the tanh of Q.
+    leaky_relu: bool = False
 
     def __post_init__(self):
-        if self.injection_steps:
-            self.injections = self.injections or len(self.injection_steps)
-        elif not self.injection_trigger:  # evenly over the online phase, from its first step on
-            first, count = self.offline_steps + 1, self.injections
-            self.injection_steps = tuple(first + i * self.online_steps // count for i in range(count))
+        metrics.check_kinds(self)
+        if self.injections is None:
+            self.injections = len(self.injection_steps)
+        if not self.injection_steps and not self.injection_trigger:
+            first = self.offline_steps + 1
+            count = self.injections
+            steps = [first + i * self.online_steps // count for i in range(count)]
+            self.injection_steps = tuple(steps)
 
     @property
     def total_steps(self) -> int:
@@ -104,26 +145,37 @@ class Args:
 
 # ---- network
 def mlp(*widths: int, layer_norm: str = "none", leaky_relu: bool = False) -> nn.Sequential:
-    """Linear layers with tanh between them (ReLU does worse here)."""
+    """Linear layers of these widths, the inputs' first, with tanh between them.
+
+    (ReLU does worse here.)
+    """
     layers = []
     for inputs, outputs in itertools.pairwise(widths[:-1]):
-        layers += [nn.Linear(inputs, outputs)] + [nn.LayerNorm(outputs)] * (layer_norm == "before")
-        layers += [nn.LeakyReLU(0.01) if leaky_relu else nn.Tanh()]
-        layers += [nn.LayerNorm(outputs)] * (layer_norm == "after")
+        layers.append(nn.Linear(inputs, outputs))
+        if layer_norm == "before":
+            layers.append(nn.LayerNorm(outputs))
+        layers.append(nn.LeakyReLU(0.01) if leaky_relu else nn.Tanh())
+        if layer_norm == "after":
+            layers.append(nn.LayerNorm(outputs))
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
 
 def fresh_network(args: Args, step: int) -> nn.Sequential:
-    """A newly initialised critic, observations (batch, 2) to Q-values (batch, 5), decided by (seed, step) alone."""
+    """A newly initialised Q, decided by (seed, step) alone.
+
+    It maps observations (batch, 2) to Q-values (batch, 5).
+    """
     torch.manual_seed(seeds(args, step)[0])
-    return mlp(2, 64, 64, len(MOVES), layer_norm=args.layer_norm, leaky_relu=args.leaky_relu).to(args.device)
+    q = mlp(2, 64, 64, len(MOVES), layer_norm=args.layer_norm, leaky_relu=args.leaky_relu)
+    return q.to(args.device)
 
 
 # ---- injection
 class Injected(nn.Module):
-    """Q = h + (f1 - f2): h frozen, f1 and f2 fresh and identical, only f1 trains (Nikishin et al. 2023; paper 3.1).
+    """Q = h + (f1 - f2): h is frozen, f1 and f2 are fresh and identical, only f1 is trained.
 
-    Added in this order, Q is h to the last bit until f1 is trained. h may itself be an injected network.
+    (Paper 3.1, after Nikishin et al. 2023.) Added in this order, Q is h to the last bit until f1 is
+    trained. h may itself be an injected network.
     """
 
     def __init__(self, h: nn.Module, fresh: nn.Module):
@@ -136,89 +188,127 @@ class Injected(nn.Module):
         return self.h(obs) + (self.f1(obs) - self.f2(obs))
 
 
-def trained(q: nn.Module) -> nn.Sequential:
-    """The part of Q that trains: all of it, or f1 after an injection."""
+def trainable(q: nn.Module) -> nn.Sequential:
+    """The part of Q that is trained: all of it, or f1 after an injection."""
     return q.f1 if isinstance(q, Injected) else q
 
 
 def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[Injected, Injected]:
-    """Inject the same fresh network into both; the target keeps its own lagging h, so its values do not jump either."""
-    return Injected(q, fresh), Injected(target_network, copy.deepcopy(fresh)).requires_grad_(False)
+    """Inject the same fresh network into Q and its target network.
+
+    The target network keeps its own lagging h, so that its values do not jump either.
+    """
+    injected_target = Injected(target_network, copy.deepcopy(fresh))
+    return Injected(q, fresh), injected_target.requires_grad_(False)
 
 
 # ---- L2 regularisation
 def l2_coefficient(args: Args, step: int) -> float:
-    """lambda(k) of paper 3.2 at step k."""
+    """lambda(k) of paper 3.2 at step k, which counts from 1."""
     if args.l2 == "constant":
         return args.l2_lambda
     if args.l2 == "incremental":
         return args.l2_start + (args.l2_end - args.l2_start) * step / args.total_steps
     if args.l2 == "periodic":
-        return args.l2_lambda if (step - 1) % (args.l2_on_steps + args.l2_off_steps) < args.l2_on_steps else 0.0
+        period = args.l2_on_steps + args.l2_off_steps
+        if (step - 1) % period < args.l2_on_steps:
+            return args.l2_lambda
     return 0.0
 
 
 def squared_norm(network: nn.Module) -> torch.Tensor:
-    """||phi||^2 over all parameters of the network that trains."""
-    return torch.cat([parameter.flatten() for parameter in network.parameters()]).square().sum()
+    """||phi||^2 over all parameters of the network that is trained."""
+    parameters = torch.cat([parameter.flatten() for parameter in network.parameters()])
+    return parameters.square().sum()
 
 
 # ---- losses
-# Of a transition, also in the file of --dataset: dtype and shape. Positions are divided by the size of the map.
-FIELDS = {"obs": ("float32", (2,)), "action": ("int64", ()), "reward": ("float32", ()), "next_obs": ("float32", (2,))}
-FIELDS |= {"terminated": ("bool", ()), "truncated": ("bool", ())}
-Batch = collections.namedtuple("Batch", FIELDS)  # tensors (batch, width) like the networks' outputs, numbers (batch, 1)
+# What a transition holds, also in the file of --dataset: dtype and shape. Positions are divided by
+# the size of the map.
+FIELDS = {
+    "obs": ("float32", (2,)),
+    "action": ("int64", ()),
+    "reward": ("float32", ()),
+    "next_obs": ("float32", (2,)),
+    "terminated": ("bool", ()),
+    "truncated": ("bool", ()),
+}
+Batch = collections.namedtuple("Batch", FIELDS)  # tensors (batch, width), of numbers (batch, 1)
 
 
 def expectile_loss(advantage: torch.Tensor, expectile: float) -> torch.Tensor:
     """mean |expectile - 1(u < 0)| u^2 for the advantage u (IQL eq. 5)."""
-    return (torch.where(advantage < 0, 1 - expectile, expectile) * advantage.square()).mean()
+    weight = torch.where(advantage < 0, 1 - expectile, expectile)
+    return (weight * advantage.square()).mean()
 
 
-def iql_losses(q, target_network, v, actor, batch: Batch, args: Args) -> tuple[torch.Tensor, ...]:
-    """The losses of V, Q and actor, each with a gradient for its own network only, and the values Q(s, a)."""
+def iql_losses(
+    q, target_network, v, actor, batch: Batch, args: Args
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The losses of V, Q and actor, each with a gradient for its own network only, and Q(s, a)."""
     with torch.no_grad():
         target_value = target_network(batch.obs).gather(1, batch.action)
         td_target = batch.reward + args.gamma * ~batch.terminated * v(batch.next_obs)
     advantage = target_value - v(batch.obs)
     v_loss = expectile_loss(advantage, args.expectile)
-    q_values = q(batch.obs).gather(1, batch.action)
-    q_loss = nn.functional.mse_loss(q_values, td_target)
+    q_value = q(batch.obs).gather(1, batch.action)
+    q_loss = nn.functional.mse_loss(q_value, td_target)
     weight = (args.beta * advantage.detach()).exp().clamp(max=100)
-    actor_loss = -(weight * actor(batch.obs).log_softmax(1).gather(1, batch.action)).mean()
-    return v_loss, q_loss, actor_loss, q_values
+    log_probability = actor(batch.obs).log_softmax(1).gather(1, batch.action)
+    actor_loss = -(weight * log_probability).mean()
+    return v_loss, q_loss, actor_loss, q_value
 
 
 # ---- training
 def train(args: Args) -> Path:
-    """Train one agent and return its run's folder. Raises UserError, and FloatingPointError when training diverges."""
+    """Train one agent and return its run's folder.
+
+    Raises UserError for a user's mistake, and FloatingPointError when training diverges.
+    """
     check(args)
-    run = metrics.Run(run_folder(args), asdict(args) | {"version": VERSION}, args.total_steps, args.eval_every, COLUMNS)
-    if run.finished:
-        return run.folder
-    torch.set_num_threads(1)  # one thread beats two on a small network
-    data = offline_data(args)
-    replay = Replay(data, args.online_steps)
-    injected_at, smoothed = run.state.get("injected_at", []), run.state.get("smoothed")  # of a run that goes on
-    q = fresh_network(args, 0)
-    v, actor = mlp(2, 64, 64, 1).to(args.device), mlp(2, 128, 128, len(MOVES)).to(args.device)
-    target_network = copy.deepcopy(q).requires_grad_(False)
-    for at in injected_at:
-        q, target_network = inject(q, target_network, fresh_network(args, at))
-    q_optimizer, optimizer = adam(args, trained(q)), adam(args, v, actor)
-    rest = {"v": v, "actor": actor, "optimizer": optimizer, "replay": replay}  # what no injection replaces
-    run.load(q=q, target_network=target_network, q_optimizer=q_optimizer, **rest)
+    settings = {**asdict(args), "version": VERSION}
+    with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
+        if run.finished:
+            return run.folder
+        torch.set_num_threads(1)  # one thread beats two on a small network
 
-    for start, steps in run.intervals():
-        env, obs, rng = fresh_start(args, start)
-        episode_return, returns = 0.0, []  # returns since the last row
-        for step in steps:
-            if injection_due(args, step, injected_at, smoothed):  # paper 3.1
+        data = offline_data(args)
+        replay = Replay(data, args.online_steps)
+        q = fresh_network(args, step=0)
+        v = mlp(2, 64, 64, 1).to(args.device)
+        actor = mlp(2, 128, 128, len(MOVES)).to(args.device)
+        target_network = copy.deepcopy(q).requires_grad_(False)
+        q_optimizer = adam(args, q)
+        v_and_actor_optimizer = adam(args, v, actor)
+        injected_at = []
+        smoothed_metric = None
+        if run.checkpoint is not None:
+            v.load_state_dict(run.checkpoint["v"])
+            actor.load_state_dict(run.checkpoint["actor"])
+            v_and_actor_optimizer.load_state_dict(run.checkpoint["v_and_actor_optimizer"])
+            q, target_network, q_optimizer = load_q(run.checkpoint, args)
+            injected_at = run.checkpoint["injected_at"]
+            smoothed_metric = run.checkpoint["smoothed_metric"]
+            load_replay(run, replay, dataset_path(args))
+
+        for step in run.steps():
+            online = step > args.offline_steps
+            if run.interval_begins(step):
+                # The environment and the random stream are new, and decided by (seed, step), so
+                # that a run that was killed here continues exactly.
+                env, obs, rng = fresh_start(args, step - 1)
+                episode_return = 0.0
+                returns = []  # of the episodes that ended since the latest row
+
+            if injection_due(args, step, injected_at, smoothed_metric):
+                # Paper 3.1. The optimiser is new, too: moments of old weights mean nothing here.
                 q, target_network = inject(q, target_network, fresh_network(args, step))
-                q_optimizer = adam(args, trained(q))
-                injected_at, smoothed = [*injected_at, step], None
+                q_optimizer = adam(args, trainable(q))
+                injected_at = [*injected_at, step]
+                smoothed_metric = None
 
-            if step > args.offline_steps:
+            if online:
+                # Act, and remember what followed.
                 action = sample_actions(actor, obs[None], rng)[0]
                 next_obs, reward, terminated, truncated, _ = env.step(action)
                 replay.add(obs, action, reward, next_obs, terminated, truncated)
@@ -229,39 +319,69 @@ def train(args: Args) -> Path:
                     episode_return = 0.0
                     obs, _ = env.reset()
 
+            # Each loss has a gradient for its own network only, so that one backward pass does all.
             batch = replay.sample(args.batch_size, rng, args.device)
-            v_loss, q_loss, actor_loss, q_values = iql_losses(q, target_network, v, actor, batch, args)
+            losses = iql_losses(q, target_network, v, actor, batch, args)
+            v_loss, q_loss, actor_loss, q_value = losses
             loss = v_loss + q_loss + actor_loss
-            if l2_lambda := l2_coefficient(args, step):  # paper 3.2
-                loss = loss + l2_lambda * squared_norm(trained(q))
+            l2_lambda = l2_coefficient(args, step)
+            if l2_lambda > 0:
+                # Paper 3.2. Only what is trained is regularised.
+                loss = loss + l2_lambda * squared_norm(trainable(q))
             q_optimizer.zero_grad()
-            optimizer.zero_grad()
+            v_and_actor_optimizer.zero_grad()
             loss.backward()
             q_optimizer.step()
-            optimizer.step()
+            v_and_actor_optimizer.step()
             polyak_update(q, target_network, args.polyak)
 
             if run.row_due(step) or step % args.plasticity_every == 0:
-                row = {"step": step, "phase": "online" if step > args.offline_steps else "offline"}
-                row |= {"injections": len(injected_at), "train_return": np.mean(returns) if returns else None}
-                row |= {"v_loss": v_loss, "q_loss": q_loss, "actor_loss": actor_loss, "q_mean": q_values.mean()}
-                row |= {"l2_lambda": l2_lambda} | measurements(args, step, trained(q), replay)
-                if row.get(args.injection_trigger) is not None:
-                    smoothed = smooth(smoothed, row[args.injection_trigger])
-                if step == run.end:
-                    row["eval_return"] = evaluate(actor, args, step, args.eval_episodes)[0]
+                row = {
+                    "step": step,
+                    "phase": "online" if online else "offline",
+                    "train_return": np.mean(returns) if returns else None,
+                    "eval_return": evaluate(actor, args, step) if run.interval_ends(step) else None,
+                    "q_loss": q_loss,
+                    "v_loss": v_loss,
+                    "actor_loss": actor_loss,
+                    "q_mean": q_value.mean(),
+                    "grad_norm": metrics.gradient_norm(trainable(q)),
+                    "l2_lambda": l2_lambda,
+                    "injections": len(injected_at),
+                    **measurements(args, step, trainable(q), replay),
+                }
                 run.log(row)
                 returns = []
+                if args.injection_trigger:
+                    smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
-        if step == args.total_steps:  # before the run counts as finished
-            save_pictures(run.folder, args, data, v, actor)
-        run.save(step, q=q, target_network=target_network, q_optimizer=q_optimizer,
-                 injected_at=injected_at, smoothed=smoothed, **rest)  # fmt: skip
-    return run.folder
+            if run.interval_ends(step):
+                if step == args.total_steps:
+                    save_pictures(run.folder, args, data, v, actor)
+                run.save(
+                    {
+                        "step": step,
+                        "q": q.state_dict(),
+                        "target_network": target_network.state_dict(),
+                        "v": v.state_dict(),
+                        "actor": actor.state_dict(),
+                        "q_optimizer": q_optimizer.state_dict(),
+                        "v_and_actor_optimizer": v_and_actor_optimizer.state_dict(),
+                        "injected_at": injected_at,
+                        "smoothed_metric": smoothed_metric,
+                        "replay": replay.state_dict(),
+                    }
+                )
+        return run.folder
+
+
+ADAM_EPS = 1e-8
 
 
 def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(nn.ModuleList(networks).parameters(), args.learning_rate, fused=True)
+    """A new optimiser over all parameters of the networks."""
+    parameters = nn.ModuleList(networks).parameters()
+    return torch.optim.Adam(parameters, args.learning_rate, eps=ADAM_EPS, fused=True)
 
 
 @torch.no_grad()
@@ -271,22 +391,71 @@ def polyak_update(q: nn.Module, target_network: nn.Module, polyak: float) -> Non
 
 
 # ---- when to inject
-def smooth(average: float | None, value: float) -> float:
-    """Exponential moving average with weight 0.8, as in the paper's figures."""
-    return value if average is None else 0.8 * average + 0.2 * value
+def smooth(average: float | None, value: float | None) -> float | None:
+    """Exponential moving average with weight 0.8, as in the paper's figures; None is no value."""
+    if value is None:
+        return average
+    if average is None:
+        return value
+    return 0.8 * average + 0.2 * value
 
 
-def injection_due(args: Args, step: int, injected_at: list[int], smoothed: float | None) -> bool:
-    """At the steps given (paper 3.1), or when the smoothed metric has crossed the threshold (paper 6.1).
+def injection_due(
+    args: Args, step: int, injected_at: list[int], smoothed_metric: float | None
+) -> bool:
+    """At the steps given (paper 3.1), or when the smoothed metric crosses a threshold (paper 6.1).
 
     A triggered injection waits for 5 % of the run after the one before it.
     """
     if args.injection_trigger is None:
         return step in args.injection_steps
-    waited = not injected_at or step - injected_at[-1] >= 0.05 * args.total_steps
-    if smoothed is None or not waited or len(injected_at) == args.injections:
+    if smoothed_metric is None or len(injected_at) == args.injections:
         return False
-    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * (smoothed - args.injection_threshold) >= 0
+    if injected_at and step - injected_at[-1] < 0.05 * args.total_steps:
+        return False
+    excess = smoothed_metric - args.injection_threshold
+    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * excess >= 0
+
+
+# ---- acting
+@torch.inference_mode()
+def sample_actions(actor: nn.Module, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """One action per observation from pi(a | s) = softmax(logits).
+
+    It is the largest of logits plus Gumbel noise, which has just that distribution.
+    """
+    device = next(actor.parameters()).device
+    inputs = torch.as_tensor(obs, device=device)
+    logits = actor(inputs).cpu().numpy()
+    noise = rng.gumbel(size=logits.shape)
+    return (logits + noise).argmax(1)
+
+
+# ==================================================================================================
+# The method ends here. What follows is machinery, which a reader may skip: loading a checkpoint,
+# replay and data, the maze, evaluation and measurements, checks of the settings, the command line.
+# ==================================================================================================
+
+
+# ---- loading a checkpoint
+def load_q(checkpoint: dict, args: Args) -> tuple[nn.Module, nn.Module, torch.optim.Adam]:
+    """Q, its target network and its optimiser as they were saved."""
+    q = fresh_network(args, step=0)
+    target_network = copy.deepcopy(q).requires_grad_(False)
+    for step in checkpoint["injected_at"]:
+        q, target_network = inject(q, target_network, fresh_network(args, step))
+    q_optimizer = adam(args, trainable(q))
+    q.load_state_dict(checkpoint["q"])
+    target_network.load_state_dict(checkpoint["target_network"])
+    q_optimizer.load_state_dict(checkpoint["q_optimizer"])
+    return q, target_network, q_optimizer
+
+
+def load_replay(run: metrics.Run, replay: "Replay", data_path: Path) -> None:
+    """The transitions seen online. Raises UserError if the offline data are not those of before."""
+    if replay.data_checksum != run.checkpoint["replay"]["data_checksum"]:
+        run.refuse_changed_file(data_path)
+    replay.load_state_dict(run.checkpoint["replay"])
 
 
 # ---- replay and data
@@ -294,69 +463,110 @@ class Replay:
     """All transitions, the offline data first; nothing is ever dropped."""
 
     def __init__(self, data: dict[str, np.ndarray], room: int):
-        self.arrays = {name: np.pad(data[name], [(0, room)] + [(0, 0)] * len(FIELDS[name][1])) for name in FIELDS}
-        self.size = self.offline_size = len(data["obs"])
+        self.offline_size = len(data["obs"])
+        self.size = self.offline_size
+        self.data_checksum = 0
+        self.arrays = {}
+        for name, (dtype, shape) in FIELDS.items():
+            self.data_checksum = zlib.crc32(data[name].tobytes(), self.data_checksum)
+            array = np.zeros((self.offline_size + room, *shape), dtype)
+            array[: self.offline_size] = data[name]
+            self.arrays[name] = array
 
-    def add(self, *transition) -> None:
-        """obs, action, reward, next_obs, terminated, truncated."""
-        for array, value in zip(self.arrays.values(), transition, strict=True):
-            array[self.size] = value
+    def add(self, obs, action, reward, next_obs, terminated, truncated) -> None:
+        self.arrays["obs"][self.size] = obs
+        self.arrays["action"][self.size] = action
+        self.arrays["reward"][self.size] = reward
+        self.arrays["next_obs"][self.size] = next_obs
+        self.arrays["terminated"][self.size] = terminated
+        self.arrays["truncated"][self.size] = truncated
         self.size += 1
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: str = "cpu") -> Batch:
         rows = rng.integers(self.size, size=batch_size)
-        arrays = self.arrays.values()
-        return Batch(*(torch.as_tensor(array[rows], device=device).view(batch_size, -1) for array in arrays))
+        columns = {}
+        for name, array in self.arrays.items():
+            column = torch.as_tensor(array[rows], device=device)
+            columns[name] = column.view(batch_size, -1)
+        return Batch(**columns)
 
-    def state_dict(self) -> dict[str, torch.Tensor]:
-        return {name: torch.from_numpy(array[self.offline_size : self.size]) for name, array in self.arrays.items()}
+    def state_dict(self) -> dict:
+        """What was seen online; the offline data have a file of their own."""
+        state = {"data_checksum": self.data_checksum}
+        for name, array in self.arrays.items():
+            state[name] = torch.from_numpy(array[self.offline_size : self.size])
+        return state
 
-    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+    def load_state_dict(self, state: dict) -> None:
         self.size = self.offline_size + len(state["obs"])
         for name, array in self.arrays.items():
             array[self.offline_size : self.size] = state[name].numpy()
 
 
-def collect(args: Args) -> dict[str, np.ndarray]:
-    """Transitions of an explorer that seeks what it cannot predict yet, and knows nothing of the task's reward.
+# The explorer's settings. The reward that it seeks does not end at the goal.
+EXPLORER_EPSILON = 0.3  # the probability of a random action
+EXPLORER_LEARNING_RATE = 1e-3
+EXPLORER_BATCH_SIZE = 128
+EXPLORER_GAMMA = 0.95
+EXPLORER_TARGET_FREQUENCY = 300  # steps between copies into the target network
 
-    Double DQN, whose reward is the error of one network in predicting another, random one at s' (random network
-    distillation, Burda et al. 2019). The goal does not end the future of this reward.
+
+def collect(args: Args) -> dict[str, np.ndarray]:
+    """Transitions of an explorer that seeks what it cannot predict yet.
+
+    It knows nothing of the task's reward. It is double DQN, whose reward is the error of one
+    network in predicting the outputs of another, random one at s' (random network distillation,
+    Burda et al. 2019).
     """
     env, obs, rng = fresh_start(args, 0, 1)
     torch.manual_seed(seeds(args, 0, 1)[0])
-    q, predictor, random_network = mlp(2, 64, 64, len(MOVES)), mlp(2, 400, 400, 5), mlp(2, 400, 400, 5)  # 5 features
+    q = mlp(2, 64, 64, len(MOVES))
+    predictor = mlp(2, 400, 400, 5)
+    random_network = mlp(2, 400, 400, 5).requires_grad_(False)
     target_network = copy.deepcopy(q)
-    for parameter in random_network.requires_grad_(False).parameters():
+    for parameter in random_network.parameters():
         nn.init.normal_(parameter)  # larger than by default, or there is little to predict
-    optimizer = torch.optim.Adam([*q.parameters(), *predictor.parameters()], lr=1e-3, fused=True)
-    nothing = {name: np.zeros((0, *shape), dtype) for name, (dtype, shape) in FIELDS.items()}
-    replay, mean_square = Replay(nothing, args.collect_steps), 0.0
-    for step in tqdm(range(1, args.collect_steps + 1), desc="collecting data", unit="step", disable=None):
+    learners = [*q.parameters(), *predictor.parameters()]
+    optimizer = torch.optim.Adam(learners, lr=EXPLORER_LEARNING_RATE, fused=True)
+    no_data = {}
+    for name, (dtype, shape) in FIELDS.items():
+        no_data[name] = np.zeros((0, *shape), dtype)
+    replay = Replay(no_data, args.collect_steps)
+    mean_square = 0.0  # of the errors of the latest 100 updates or so
+    steps = range(1, args.collect_steps + 1)
+    for step in tqdm(steps, desc="collecting data", unit="step", disable=None):
         action = int(rng.integers(len(MOVES)))
-        if rng.random() >= 0.3:
+        if rng.random() >= EXPLORER_EPSILON:
             action = int(q(torch.from_numpy(obs)).argmax())
         next_obs, reward, terminated, truncated, _ = env.step(action)
         replay.add(obs, action, reward, next_obs, terminated, truncated)
-        obs = env.reset()[0] if terminated or truncated else next_obs
+        obs = next_obs
+        if terminated or truncated:
+            obs, _ = env.reset()
 
-        batch = replay.sample(128, rng)
-        error = (predictor(batch.next_obs) - random_network(batch.next_obs)).square().mean(1, keepdim=True)
+        batch = replay.sample(EXPLORER_BATCH_SIZE, rng)
+        difference = predictor(batch.next_obs) - random_network(batch.next_obs)
+        error = difference.square().mean(1, keepdim=True)
         with torch.no_grad():
-            mean_square += (error.square().mean() - mean_square) / min(step, 100)  # of the latest 100 updates or so
+            mean_square += (error.square().mean() - mean_square) / min(step, 100)
+            novelty = error / mean_square.sqrt()
             next_action = q(batch.next_obs).argmax(1, keepdim=True)
-            td_target = error / mean_square.sqrt() + 0.95 * target_network(batch.next_obs).gather(1, next_action)
-        q_loss = nn.functional.mse_loss(q(batch.obs).gather(1, batch.action), td_target)
+            next_value = target_network(batch.next_obs).gather(1, next_action)
+            td_target = novelty + EXPLORER_GAMMA * next_value
+        q_value = q(batch.obs).gather(1, batch.action)
+        q_loss = nn.functional.mse_loss(q_value, td_target)
         optimizer.zero_grad()
         (q_loss + error.mean()).backward()
         optimizer.step()
-        if step % 300 == 0:
+        if step % EXPLORER_TARGET_FREQUENCY == 0:
             target_network.load_state_dict(q.state_dict())
     return replay.arrays
 
 
 def dataset_path(args: Args) -> Path:
-    return Path(args.dataset or f"runs/{args.env}__data-{args.collect_steps}__seed{args.seed}.npz")
+    if args.dataset:
+        return Path(args.dataset)
+    return Path("runs") / f"{args.env}__data-{args.collect_steps}__seed{args.seed}.npz"
 
 
 def read_dataset(path: Path) -> dict[str, np.ndarray]:
@@ -365,17 +575,25 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in file.files}
     except Exception as error:  # a damaged file makes NumPy raise all sorts
-        raise UserError(f"{path} cannot be read as an .npz file of arrays ({type(error).__name__})") from error
+        reason = type(error).__name__
+        raise UserError(f"{path} cannot be read as an .npz file of arrays ({reason})") from error
     missing = [name for name in FIELDS if name not in data]
-    refuse(missing, f"{path} lacks {', '.join(missing)}; it must hold {', '.join(FIELDS)}")
+    if missing:
+        needed = ", ".join(FIELDS)
+        raise UserError(f"{path} lacks {', '.join(missing)}; it must hold {needed}")
     for name, (dtype, shape) in FIELDS.items():
-        array, needed = data[name], (*data["obs"].shape[:1], *shape)
-        right = array.dtype == dtype and array.shape == needed and array.size
-        must = f"it must be {dtype} of shape (transitions{', 2' if shape else ''})"
-        refuse(not right, f"{path}: {name} is {array.dtype} of shape {array.shape}; {must}")
-        low, high = {"action": (0, len(MOVES) - 1), "reward": (-1e6, 1e6)}.get(name, (0, 1))
-        inside = ((low <= array) & (array <= high)).all()
-        refuse(not inside, f"{path}: {name} must lie in {low}..{high}, but lies in {array.min()}..{array.max()}")
+        array = data[name]
+        transitions = len(data["obs"])
+        needed = (transitions, *shape)
+        if array.dtype != dtype or array.shape != needed or array.size == 0:
+            expected = f"{dtype} of shape (transitions{', 2' if shape else ''})"
+            found = f"{array.dtype} of shape {array.shape}"
+            raise UserError(f"{path}: {name} is {found}; it must be {expected}")
+        low, high = RANGES.get(name, (0, 1))
+        inside = (low <= array) & (array <= high)
+        if not inside.all():
+            found = f"{array.min()}..{array.max()}"
+            raise UserError(f"{path}: {name} must lie in {low}..{high}, but lies in {found}")
     return data
 
 
@@ -389,50 +607,63 @@ def offline_data(args: Args) -> dict[str, np.ndarray]:
     """The data set of --dataset, or the one collected for this task and seed, now if need be."""
     path = dataset_path(args)
     if not args.dataset:
-        with filelock.FileLock(path.with_name(f".{path.stem}.lock")):  # several runs of this seed may start at once
+        # Several runs of this seed may start at once, and one of them collects the data for all.
+        lock = filelock.FileLock(path.with_name(f".{path.stem}.lock"))
+        with metrics.acquire(lock, of=path, timeout=600):
             if not path.exists():
                 save_arrays(path, collect(args))
     data = read_dataset(path)
-    walls, visits = Pointmass(args.env).walls, coverage(args, data)
-    visited, free = ((visits > 0) & ~walls).sum(), (~walls).sum()
-    reached, episodes = data["terminated"].sum(), (data["terminated"] | data["truncated"]).sum()
-    print(f"{path}: {visited} of {free} free cells visited, goal reached in {reached} of {episodes} episodes.")
+    free = ~Pointmass(args.env).walls
+    visited = (coverage(args, data) > 0) & free
+    reached = data["terminated"].sum()
+    episodes = (data["terminated"] | data["truncated"]).sum()
+    cells = f"{visited.sum()} of {free.sum()} free cells visited"
+    print(f"{path}: {cells}, goal reached in {reached} of {episodes} episodes.")
     return data
 
 
 def coverage(args: Args, data: dict[str, np.ndarray]) -> np.ndarray:
     """How often the data visit each cell of the map."""
     size = Pointmass(args.env).size
-    return np.histogram2d(*size * data["next_obs"].T, bins=size, range=[(0, size)] * 2)[0]
+    x, y = size * data["next_obs"].T
+    edges = np.arange(size + 1)
+    visits, _, _ = np.histogram2d(x, y, bins=edges)
+    return visits
 
 
-# ---- environment
+# ---- the maze
 EASY = "00000 11110 11110 11110 11110"
 MEDIUM = "001000 101010 001011 011001 001101 100001"
 HARD = """00000100000 00000100000 00000000000 00000100000 00000100000 10111100000
           00000111011 00000100000 00000100000 00000000000 00000100000"""
-TASKS = {  # rows of the map (1: wall), its enlargement, start, goal, the goal's radius, time limit
+# The rows of the map (1: wall), its enlargement, start, goal, the goal's radius, the time limit.
+TASKS = {
     "PointmassEasy": (EASY, 2, (1.0, 1.0), (9.0, 9.0), 2.0, 50),
     "PointmassMedium": (MEDIUM, 1, (0.5, 0.5), (1.5, 5.5), 1.0, 150),
     "PointmassHard": (HARD, 2, (2.0, 2.0), (20.0, 20.0), 2.0, 100),
 }
-MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))  # of an action along axis 0 (the map's rows) and axis 1
+# What an action moves along axis 0 (the map's rows) and axis 1.
+MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))
+RANGES = {"action": (0, len(MOVES) - 1), "reward": (-1e6, 1e6)}  # in a data set; all others 0..1
 
 
 class Pointmass(gym.Env):
-    """A point in a maze, moved by noisy unit steps; the reward is -1 for a step, 0 for one that comes near the goal.
+    """A point in a maze, moved by noisy unit steps.
 
-    Observation: the position over the size of the map. Walls stop a move where it meets them.
+    The reward is -1 for a step, 0 for one that comes near the goal. Observation: the position over
+    the size of the map. Walls stop a move where it meets them.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
 
     def __init__(self, task: str = "PointmassHard", render_mode: str | None = None):
         rows, scale, self.start, self.goal, self.radius, self.time_limit = TASKS[task]
-        small = np.array([[cell == "1" for cell in row] for row in rows.split()])
-        self.walls = small.repeat(scale, 0).repeat(scale, 1)
+        cells = np.array([list(row) for row in rows.split()])
+        walls = cells == "1"
+        self.walls = walls.repeat(scale, 0).repeat(scale, 1)
         self.size = len(self.walls)
-        # Plain lists and floats are ten times faster than NumPy on two numbers. The far edge belongs to the last cell.
+        # Plain lists and floats are ten times faster than NumPy on two numbers. The far edge
+        # belongs to the last cell.
         self.blocked = np.pad(self.walls, (0, 1), "edge").tolist()
         self.noise = []
         self.observation_space = gym.spaces.Box(0.0, 1.0, (2,), np.float32)
@@ -453,26 +684,40 @@ class Pointmass(gym.Env):
     def step(self, action):
         if not self.noise:  # many at once: a single draw would cost as much as the whole step
             self.noise = self.np_random.normal(0.0, 0.5, (500, 2)).tolist()
-        move, noise = MOVES[action], self.noise.pop()
-        dx, dy = (move[0] + noise[0]) / 10, (move[1] + noise[1]) / 10
-        x, y, size, blocked = self.x, self.y, self.size, self.blocked
-        for _ in range(10):  # small steps do not jump over walls; the axes take turns, so the point slides along them
+        move_x, move_y = MOVES[action]
+        noise_x, noise_y = self.noise.pop()
+        dx = (move_x + noise_x) / 10
+        dy = (move_y + noise_y) / 10
+        x = self.x
+        y = self.y
+        size = self.size
+        blocked = self.blocked
+        # Ten small steps do not jump over walls. The axes take turns, so the point slides along.
+        for _ in range(10):
             if 0 <= x + dx <= size and not blocked[int(x + dx)][int(y)]:
                 x += dx
             if 0 <= y + dy <= size and not blocked[int(x)][int(y + dy)]:
                 y += dy
-        self.x, self.y, self.elapsed = x, y, self.elapsed + 1
+        self.x = x
+        self.y = y
+        self.elapsed += 1
         terminated = math.dist((x, y), self.goal) < self.radius
         truncated = not terminated and self.elapsed >= self.time_limit
-        return self.observation(), 0.0 if terminated else -1.0, terminated, truncated, {}
+        reward = 0.0 if terminated else -1.0
+        return self.observation(), reward, terminated, truncated, {}
 
     def render(self) -> np.ndarray:
         """The map from above, axis 0 downwards: the goal green, the point red."""
         axis = (np.arange(16 * self.size) + 0.5) / 16  # 16 pixels per cell
         rows, columns = np.meshgrid(axis, axis, indexing="ij")
-        image = np.where(self.walls, 60, 255).astype(np.uint8).repeat(16, 0).repeat(16, 1)[..., None].repeat(3, 2)
-        image[np.hypot(rows - self.goal[0], columns - self.goal[1]) < self.radius] = (90, 190, 90)
-        image[np.hypot(rows - self.x, columns - self.y) < 0.4] = (220, 50, 50)
+        shade = np.where(self.walls, 60, 255).astype(np.uint8)
+        shade = shade.repeat(16, 0).repeat(16, 1)
+        image = np.stack([shade, shade, shade], axis=2)
+        goal_x, goal_y = self.goal
+        goal_distance = np.hypot(rows - goal_x, columns - goal_y)
+        point_distance = np.hypot(rows - self.x, columns - self.y)
+        image[goal_distance < self.radius] = (90, 190, 90)
+        image[point_distance < 0.4] = (220, 50, 50)
         return image
 
 
@@ -480,38 +725,50 @@ for name in TASKS:
     gym.register(f"{name}-v0", Pointmass, kwargs={"task": name})
 
 
-# Random streams: (seed, step) trains from that step on, (.., 1) evaluates and collects the data, (.., 2) measures.
+# Random streams: (seed, step) trains from that step on, (seed, step, 1) evaluates and collects the
+# data, and (seed, step, 2) measures.
 def seeds(args: Args, *stream: int) -> list[int]:
-    """Two numbers decided by (seed, stream): for a network, for an environment."""
-    return [int(number) for number in np.random.SeedSequence((args.seed, *stream)).generate_state(2)]
+    """Two numbers decided by (seed, stream): for a network, and for an environment."""
+    numbers = np.random.SeedSequence((args.seed, *stream)).generate_state(2)
+    return [int(number) for number in numbers]
 
 
 def fresh_start(args: Args, *stream: int) -> tuple[Pointmass, np.ndarray, np.random.Generator]:
-    """A new environment, its first observation, and a random stream, all decided by (seed, stream)."""
+    """A new environment, its first observation, and a random stream, decided by (seed, stream)."""
     env = Pointmass(args.env)
-    return env, env.reset(seed=seeds(args, *stream)[1])[0], np.random.default_rng((args.seed, *stream))
+    obs, _ = env.reset(seed=seeds(args, *stream)[1])
+    return env, obs, np.random.default_rng((args.seed, *stream))
 
 
-# ---- acting, evaluation and measurements
-@torch.inference_mode()
-def sample_actions(actor: nn.Module, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One action per observation from pi(a | s) = softmax(logits): the largest of logits plus Gumbel noise."""
-    logits = actor(torch.as_tensor(obs, device=next(actor.parameters()).device)).cpu().numpy()
-    return (logits + rng.gumbel(size=logits.shape)).argmax(1)
+# ---- evaluation and measurements
+def evaluate(actor: nn.Module, args: Args, step: int) -> float:
+    """Mean return of `eval_episodes` whole episodes."""
+    return play(actor, args, step, args.eval_episodes)[0]
 
 
-def evaluate(actor: nn.Module, args: Args, step: int, episodes: int) -> tuple[float, np.ndarray]:
-    """Mean return of whole episodes, and their positions on the map, (episodes, time limit + 1, 2), NaN when over."""
+def play(actor: nn.Module, args: Args, step: int, episodes: int) -> tuple[float, np.ndarray]:
+    """Mean return of whole episodes, and their positions on the map.
+
+    The positions have shape (episodes, time limit + 1, 2), and are NaN when an episode is over.
+    """
     rng = np.random.default_rng((args.seed, step, 1))
-    envs = [Pointmass(args.env) for _ in range(episodes)]
-    obs = np.stack([env.reset(seed=int(rng.integers(2**31)))[0] for env in envs])
-    positions = np.full((episodes, envs[0].time_limit + 1, 2), np.nan, np.float32)
-    positions[:, 0] = envs[0].start
-    total, running = 0.0, list(range(episodes))
+    envs = []
+    obs = np.zeros((episodes, 2), np.float32)
+    for i in range(episodes):
+        env = Pointmass(args.env)
+        seed = int(rng.integers(2**31))
+        obs[i], _ = env.reset(seed=seed)
+        envs.append(env)
+    positions = np.full((episodes, env.time_limit + 1, 2), np.nan, np.float32)
+    positions[:, 0] = env.start
+    total = 0.0
+    running = list(range(episodes))
     while running:
-        for i, action in zip(running.copy(), sample_actions(actor, obs[running], rng)):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(action)
-            positions[i, envs[i].elapsed] = envs[i].x, envs[i].y
+        actions = sample_actions(actor, obs[running], rng)
+        for i, action in zip(running.copy(), actions):
+            env = envs[i]
+            obs[i], reward, terminated, truncated, _ = env.step(action)
+            positions[i, env.elapsed] = (env.x, env.y)
             total += reward
             if terminated or truncated:
                 running.remove(i)
@@ -519,70 +776,113 @@ def evaluate(actor: nn.Module, args: Args, step: int, episodes: int) -> tuple[fl
 
 
 @torch.inference_mode()
-def save_pictures(folder: Path, args: Args, data: dict[str, np.ndarray], v: nn.Module, actor: nn.Module) -> None:
-    """picture.npz: what a picture of the run needs, on the cells of the map. episode.gif: the first trajectory."""
+def save_pictures(
+    folder: Path, args: Args, data: dict[str, np.ndarray], v: nn.Module, actor: nn.Module
+) -> None:
+    """picture.npz: what plot.py draws, on the cells of the map. episode.gif: one trajectory."""
     env = Pointmass(args.env)
-    centres = (np.stack(np.indices(env.walls.shape), -1).reshape(-1, 2) + 0.5) / env.size
+    rows, columns = np.indices(env.walls.shape)
+    cells = np.stack([rows.ravel(), columns.ravel()], axis=1)
+    centres = (cells + 0.5) / env.size
     obs = torch.as_tensor(centres, dtype=torch.float32, device=args.device)
-    value = np.where(env.walls, np.nan, v(obs).cpu().numpy().reshape(env.walls.shape))
-    arrays = {"maze": env.walls, "start": env.start, "goal": env.goal, "coverage": coverage(args, data), "value": value}
-    trajectories = evaluate(actor, args, args.total_steps, episodes=10)[1]
-    save_arrays(folder / "picture.npz", arrays | {"trajectories": trajectories})
-    metrics.save_gif(folder / "episode.gif", frames(env, trajectories[0]), env.metadata["render_fps"])
+    values = v(obs).cpu().numpy()
+    value = values.reshape(env.walls.shape)
+    _, trajectories = play(actor, args, args.total_steps, episodes=10)
+    arrays = {
+        "maze": env.walls,
+        "start": env.start,
+        "goal": env.goal,
+        "coverage": coverage(args, data),
+        "value": np.where(env.walls, np.nan, value),
+        "trajectories": trajectories,
+    }
+    save_arrays(folder / "picture.npz", arrays)
+    pictures = frames(env, trajectories[0])
+    metrics.save_gif(folder / "episode.gif", pictures, env.metadata["render_fps"])
 
 
 def frames(env: Pointmass, trajectory: np.ndarray) -> Iterator[np.ndarray]:
-    for env.x, env.y in trajectory[~np.isnan(trajectory[:, 0])]:
-        yield env.render()
+    for x, y in trajectory:
+        if not np.isnan(x):
+            env.x = x
+            env.y = y
+            yield env.render()
 
 
-def measurements(args: Args, step: int, network: nn.Sequential, replay: Replay) -> dict[str, float]:
-    """The metrics of the network that trains, on 512 observations of the replay, by a random stream of their own."""
+def measurements(
+    args: Args, step: int, network: nn.Sequential, replay: Replay
+) -> dict[str, float | None]:
+    """The metrics of the network that is trained, on 512 observations of the replay.
+
+    They are drawn by a random stream of their own, so that measuring changes nothing.
+    """
     rng = np.random.default_rng((args.seed, step, 2))
-    obs = replay.sample(512, rng, args.device).obs
-    row = metrics.measure(network, obs)
+    batch = replay.sample(512, rng, args.device)
+    obs = batch.obs
+    probe = dict.fromkeys(metrics.PROBED)
     if step % args.plasticity_every == 0:
-        row |= metrics.measure_plasticity(
+        probe = metrics.measure_plasticity(
             network,
             obs,
             seed=int(rng.integers(2**31)),
             learning_rate=args.learning_rate,
-            adam_eps=1e-8,
+            adam_eps=ADAM_EPS,
             batch_size=args.batch_size,
             updates=args.plasticity_updates,
         )
-    return row
+    return {**metrics.measure(network, obs), **probe}
 
 
 # ---- checks of the settings
-AT_LEAST_1 = ("eval_every", "plasticity_every", "eval_episodes", "batch_size", "collect_steps", "l2_on_steps")
-BOUNDS = dict.fromkeys(AT_LEAST_1, (1, np.inf)) | {"learning_rate": (1e-12, np.inf)}
-BOUNDS |= dict.fromkeys(("gamma", "expectile", "polyak"), (0, 1))
+# Where a number must lie; all others in 0..inf.
+BOUNDS = {
+    "collect_steps": (1, np.inf),
+    "eval_every": (1, np.inf),
+    "eval_episodes": (1, np.inf),
+    "plasticity_every": (1, np.inf),
+    "plasticity_updates": (10, np.inf),
+    "learning_rate": (1e-12, np.inf),
+    "gamma": (0, 1),
+    "batch_size": (1, np.inf),
+    "expectile": (0, 1),
+    "polyak": (0, 1),
+    "l2_on_steps": (1, np.inf),
+}
 
 
 def check(args: Args) -> None:
     """Raise UserError, saying what is wrong and what would be right, before anything is written."""
     metrics.check(args, BOUNDS)
     check_injections(args)
-    refuse(args.total_steps == 0, "--offline-steps and --online-steps must not both be 0")
+    if args.injection_trigger == "dormant_units" and not args.leaky_relu:
+        raise UserError("--injection-trigger dormant_units needs --leaky-relu: tanh has none")
+    if args.total_steps == 0:
+        raise UserError("--offline-steps and --online-steps must not both be 0")
     if args.dataset or dataset_path(args).exists():
         read_dataset(dataset_path(args))
 
 
 def check_injections(args: Args) -> None:
     """The injection settings agree with each other and with the length of the run."""
-    steps, shown = args.injection_steps, " ".join(map(str, args.injection_steps))
+    steps = args.injection_steps
+    shown = " ".join(map(str, steps))
     if args.injection_trigger or args.injection_threshold is not None:
-        valid = args.injection_trigger and args.injection_threshold is not None and args.injections and not steps
-        refuse(not valid, "--injection-trigger needs --injection-threshold, --injections; excludes --injection-steps")
-    else:
-        refuse(len(steps) != args.injections, f"--injections {args.injections} but --injection-steps {shown}")
-    right = list(steps) == sorted({step for step in steps if 1 <= step <= args.total_steps})
-    refuse(not right, f"--injection-steps {shown} must increase and must lie in 1..{args.total_steps}")
+        complete = args.injection_trigger and args.injection_threshold is not None
+        if not complete or args.injections == 0 or steps:
+            needs = "needs --injection-threshold and --injections, and excludes --injection-steps"
+            raise UserError(f"--injection-trigger {needs}")
+    elif len(steps) != args.injections:
+        raise UserError(f"--injections {args.injections} but --injection-steps {shown}")
+    in_range = all(1 <= step <= args.total_steps for step in steps)
+    if not in_range or list(steps) != sorted(set(steps)):
+        limits = f"must increase and must lie in 1..{args.total_steps}"
+        raise UserError(f"--injection-steps {shown} {limits}")
 
 
 def main() -> int:
-    return metrics.command(train, Args())
+    defaults = Args()
+    defaults.injections = None  # so that --injections 0 with --injection-steps is a contradiction
+    return metrics.command(train, defaults)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""What is measured, and the record of a run: the only code that both agents share. It knows no agent.
+"""What is measured, and the record of a run: the only code that both agents share.
 
-What is measured: pure functions of networks, weights and activations, which change no network and no random stream. A
-*unit* is an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and
+The first half is pure functions of networks, weights and activations. They change no network and
+no random stream, and they know no agent: take them to networks of your own. A *unit* is an output
+channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and
 Linear, without biases and normalisation parameters. The README lists the papers that are cited.
+
+The second half is a run's folder, log and checkpoint, which a reader may skip.
 """
 
+import contextlib
 import copy
 import csv
+import inspect
 import io
 import itertools
 import json
@@ -15,7 +20,10 @@ import os
 import signal
 import sys
 import time
+import types
+import typing
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -38,11 +46,12 @@ DIRECTION_WHEN_LOST = {
     "plasticity": -1,
 }
 METRICS = tuple(DIRECTION_WHEN_LOST)
-FRESH_METRICS = ("plasticity_fresh", "feature_erank_fresh", "dormant_units_fresh")
+# The columns that are filled where plasticity is measured.
+PROBED = ("plasticity", "plasticity_fresh", "feature_erank_fresh", "dormant_units_fresh")
 
 
 def finite(tensor: torch.Tensor, what: str) -> torch.Tensor:
-    """The tensor itself. Raises FloatingPointError if it holds NaN or infinity."""
+    """Return the tensor itself. Raises FloatingPointError if it holds NaN or infinity."""
     if not torch.isfinite(tensor).all():
         raise FloatingPointError(f"{what} is NaN or infinite, as when training has diverged")
     return tensor
@@ -53,68 +62,95 @@ def weighted_layers(network: nn.Module) -> list[nn.Module]:
 
     The last one counts as the output layer, all others as hidden.
     """
-    return [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+    return [layer for layer in network.modules() if isinstance(layer, nn.Conv2d | nn.Linear)]
 
 
 def effective_rank(matrix: torch.Tensor) -> float:
-    """exp(-sum p log p) with p = s / sum(s) for the singular values s (Roy & Vetterli 2007; paper section 2).
+    """exp(-sum p log p) with p = s / sum(s) for the singular values s of a matrix.
 
-    `matrix` has shape (out, ...); a convolution's weight is read as (out, in * kernel height * kernel width). Between 1
-    and the rank of the matrix, and 0 for the zero matrix. Raises FloatingPointError for NaN or infinity.
+    (Roy & Vetterli 2007; paper section 2.) `matrix` has shape (out, ...), and a convolution's
+    weight is read as (out, in * kernel height * kernel width). The result lies between 1 and the
+    rank of the matrix, and is 0 for the zero matrix. Raises FloatingPointError for NaN or infinity.
     """
-    matrix = finite(torch.as_tensor(matrix), "an entry of a matrix").detach().flatten(1).cpu().double()
-    scale = matrix.abs().amax() if matrix.numel() else 0
-    if scale == 0:
+    matrix = finite(torch.as_tensor(matrix), "an entry of a matrix")
+    matrix = matrix.detach().flatten(1).cpu().double()
+    if not matrix.any():
         return 0.0
-    # The singular values are the roots of the eigenvalues of the smaller Gram matrix, far cheaper than the SVD of a
-    # 512 x 3136 layer. Squaring loses those below 1e-8 of the largest: they are noise in float32 weights.
-    matrix = matrix / scale  # so that squaring neither overflows nor underflows
-    gram = matrix @ matrix.T if matrix.shape[0] <= matrix.shape[1] else matrix.T @ matrix
-    singular_values = torch.linalg.eigvalsh(gram).clamp(min=0).sqrt()
+    matrix = matrix / matrix.abs().amax()  # so that squaring neither overflows nor underflows
+    if matrix.shape[0] > matrix.shape[1]:
+        matrix = matrix.T
+    # The singular values are the roots of the eigenvalues of the smaller Gram matrix, which are far
+    # cheaper than the SVD of a 512 x 3136 layer. Squaring loses the values below 1e-8 of the
+    # largest, but those are noise in float32 weights.
+    eigenvalues = torch.linalg.eigvalsh(matrix @ matrix.T)
+    singular_values = eigenvalues.clamp(min=0).sqrt()
     p = singular_values / singular_values.sum()
-    return torch.special.entr(p).sum().exp().item()  # entr(p) = -p log p, and 0 at p = 0
+    return torch.special.entr(p).sum().exp().item()  # entr(p) is -p log p, and 0 at p = 0
+
+
+def mean_effective_rank(network: nn.Module) -> float:
+    """The mean of the effective ranks of the weights of all layers (paper section 2)."""
+    eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
+    return sum(eranks) / len(eranks)
 
 
 def weight_magnitude(network: nn.Module) -> float:
-    """sum |w| / number of weights (paper section 2). Raises FloatingPointError for NaN or infinity."""
-    weights = [finite(layer.weight.detach(), "a weight") for layer in weighted_layers(network)]
-    return sum(w.abs().sum().item() for w in weights) / sum(w.numel() for w in weights)
+    """sum |w| / number of weights (paper section 2).
+
+    Raises FloatingPointError for NaN or infinity.
+    """
+    total = 0.0
+    count = 0
+    for layer in weighted_layers(network):
+        weight = finite(layer.weight.detach(), "a weight")
+        total += weight.abs().sum().item()
+        count += weight.numel()
+    return total / count
 
 
 def updated_units(network: nn.Module) -> float:
-    """Percentage of hidden units with a non-zero gradient in their incoming weights or bias (paper section 2).
+    """Percentage of hidden units whose incoming weights or bias have a non-zero gradient.
 
-    To be called after a backward pass, which leaves the gradients of the latest training batch, L2 term included.
-    Raises ValueError without gradients, FloatingPointError where one is NaN or infinite.
+    (Paper section 2.) To be called after a backward pass, which leaves the gradients of the latest
+    training batch, L2 term included. Raises ValueError without gradients, FloatingPointError where
+    one is NaN or infinite.
     """
-    largest = []  # |gradient| of each unit
+    largest = []  # a tensor per layer: the largest |gradient| of each of its units
     for layer in weighted_layers(network)[:-1]:
-        gradients = [p.grad.reshape(len(p), -1) for p in layer.parameters() if p.grad is not None]
+        gradients = []
+        for parameter in layer.parameters():
+            if parameter.grad is not None:
+                gradients.append(parameter.grad.reshape(len(parameter), -1))
         if not gradients:
-            raise ValueError("updated_units: a hidden layer has no gradient; run a backward pass first")
-        largest.append(torch.cat(gradients, 1).abs().amax(1))  # (units, incoming weights and bias) to (units,)
-    return 100 * (finite(torch.cat(largest), "a gradient") > 0).double().mean().item()
+            raise ValueError("a hidden layer has no gradient: run a backward pass first")
+        largest.append(torch.cat(gradients, 1).abs().amax(1))
+    updated = finite(torch.cat(largest), "a gradient") > 0
+    return 100 * updated.double().mean().item()
 
 
-def dormant_units(activations: torch.Tensor | Iterable[torch.Tensor], threshold: float = 0.025) -> float:
-    """Percentage of hidden units whose mean |activation| is at most `threshold` of the layer's (Sokar et al. 2023).
+def dormant_units(activations: torch.Tensor | list[torch.Tensor], threshold=0.025) -> float:
+    """Percentage of hidden units whose mean |activation| is at most `threshold` of the layer's.
 
-    `activations`: a tensor per hidden layer, or one, of shape (batch, units) or (batch, channels, height, width).
-    Raises FloatingPointError for NaN or infinity.
+    (Sokar et al. 2023.) `activations` is a tensor per hidden layer, or one, of shape (batch, units)
+    or (batch, channels, height, width). Raises FloatingPointError for NaN or infinity.
     """
+    if isinstance(activations, torch.Tensor):
+        activations = [activations]
     dormant = []
-    for layer in [activations] if isinstance(activations, torch.Tensor) else activations:
-        per_unit = finite(layer.detach().float().abs().transpose(0, 1).flatten(1).mean(1), "an activation")
-        dormant.append(per_unit <= threshold * per_unit.mean())
+    for layer in activations:
+        of_unit = layer.detach().float().abs().transpose(0, 1).flatten(1).mean(1)
+        of_unit = finite(of_unit, "an activation")
+        dormant.append(of_unit <= threshold * of_unit.mean())
     return 100 * torch.cat(dormant).double().mean().item()
 
 
 @torch.no_grad()
 def measure_activations(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
-    """`feature_erank`, of what enters the last Linear layer, and `dormant_units`, for the observations `obs`.
+    """`feature_erank`, the effective rank of what enters the last Linear, and `dormant_units`.
 
-    There should be hundreds of observations, for their number bounds the effective rank. Dormant units are None without
-    ReLU or LeakyReLU modules: a saturated tanh unit is as dead as a silent ReLU, but has the largest |activation|.
+    Both for the observations `obs`, of which there should be hundreds, because their number bounds
+    the rank. `dormant_units` is None without ReLU and LeakyReLU modules: it is defined for them
+    alone, since a saturated tanh unit is as dead as a silent ReLU but has the largest |activation|.
     """
     activations = []
     features = []
@@ -125,49 +161,66 @@ def measure_activations(network: nn.Module, obs: torch.Tensor) -> dict[str, floa
     def keep_input(module, inputs):
         features.append(inputs[0])
 
-    linear_layers = [module for module in network.modules() if isinstance(module, nn.Linear)]
-    hooks = [linear_layers[-1].register_forward_pre_hook(keep_input)]
+    hooks = []
     for module in network.modules():
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
             hooks.append(module.register_forward_hook(keep_output))
-    network(obs)
-    for hook in hooks:
-        hook.remove()
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_pre_hook(keep_input))
+    try:
+        network(obs)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return {
         "feature_erank": effective_rank(features[-1]),
         "dormant_units": dormant_units(activations) if activations else None,
     }
 
 
-@torch.no_grad()
-def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
-    """All metrics of a network except `plasticity`, which costs more; and the norm of its gradient.
+def gradients_of(network: nn.Module) -> list[torch.Tensor]:
+    """The gradients that the latest backward pass has left."""
+    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
 
-    Those of gradients are for the latest training batch, and absent before the first. Raises FloatingPointError for NaN
-    or infinity.
+
+def gradient_norm(network: nn.Module) -> torch.Tensor | None:
+    """The norm of the gradient of the latest training batch, None before the first."""
+    gradients = gradients_of(network)
+    return nn.utils.get_total_norm(gradients) if gradients else None
+
+
+def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
+    """All metrics of a network except `plasticity`, which costs more.
+
+    Those of activations are for the observations `obs`. `updated_units` is for the latest training
+    batch, and None before the first. Raises FloatingPointError for NaN or infinity.
     """
-    eranks = [effective_rank(layer.weight) for layer in weighted_layers(network)]
-    metrics = {"erank": sum(eranks) / len(eranks), "weight_magnitude": weight_magnitude(network)}
-    metrics |= measure_activations(network, obs)
-    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-    if gradients:
-        metrics |= {"updated_units": updated_units(network), "grad_norm": nn.utils.get_total_norm(gradients).item()}
-    return metrics
+    activations = measure_activations(network, obs)
+    has_gradients = len(gradients_of(network)) > 0
+    return {
+        "erank": mean_effective_rank(network),
+        "feature_erank": activations["feature_erank"],
+        "weight_magnitude": weight_magnitude(network),
+        "updated_units": updated_units(network) if has_gradients else None,
+        "dormant_units": activations["dormant_units"],
+    }
 
 
 def fresh_twin(network: nn.Module, seed: int) -> nn.Module:
     """A copy of a network, with every layer initialised anew by its own `reset_parameters`.
 
-    Raises ValueError for a parameter that no such layer owns, for nobody can say here how it was initialised.
+    Raises ValueError for a parameter that no such layer owns: how to initialise it is not known.
     """
     twin = copy.deepcopy(network)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for layer in twin.modules():
+            own_parameters = list(layer.parameters(recurse=False))
             if hasattr(layer, "reset_parameters"):
                 layer.reset_parameters()
-            elif list(layer.parameters(recurse=False)):
-                raise ValueError(f"{type(layer).__name__} has parameters, but no reset_parameters() to make them fresh")
+            elif own_parameters:
+                name = type(layer).__name__
+                raise ValueError(f"{name} has parameters but no reset_parameters() to renew them")
     return twin
 
 
@@ -180,50 +233,62 @@ def plasticity(
     updates: int = 100,
     seed: int = 0,
 ) -> float | None:
-    """How fast a copy of the network learns a change of its function: 0 (not at all) to 100 (at once).
+    """How fast a copy of the network learns a change of its function: 0 (not at all) to 100.
 
-    The change c is what another, freshly initialised network outputs for the observations `obs`, standardised per
-    output to mean 0 and variance 1. Adam, its state fresh, trains the copy so that its output minus the network's
-    equals c. The error of a batch is taken before its update. The updates, a multiple of ten, are cut into ten parts;
-    the mean error of each is capped at 1, that of learning nothing, and the score is 100 (1 - mean of the ten): the
-    area above the learning curve (after Lyle et al. 2022, 2023, Moalla et al. 2024). None if all observations are
-    alike, for then there is no change to learn.
+    The change is what another, freshly initialised network outputs for the observations `obs`,
+    standardised per output to mean 0 and variance 1. Adam, with a fresh state, trains the copy so
+    that its output minus the network's equals the change. The error of each batch is taken before
+    its update. The updates, a multiple of ten, are cut into ten parts of equal length, and the mean
+    error of each part is capped at 1, which is the error of a copy that has learned nothing. The
+    score is 100 (1 - mean of the ten): the area above the learning curve in percent (after Lyle et
+    al. 2022 and 2023, and Moalla et al. 2024).
+
+    The score holds for the step size that is given. It is None if all observations are alike, for
+    then there is no change to learn.
     """
     if (obs == obs[0]).all():
         return None
     generator = torch.Generator().manual_seed(seed)
-    batches = torch.randint(len(obs), (updates, batch_size), generator=generator).to(obs.device)
-    source = fresh_twin(network, seed=int(torch.randint(2**31, (), generator=generator)))
+    batches = torch.randint(len(obs), (updates, batch_size), generator=generator)
+    source_seed = int(torch.randint(2**31, (), generator=generator))
+
     learner = copy.deepcopy(network)
+    source = fresh_twin(network, source_seed)
     with torch.no_grad():
         before = learner(obs)
         change = source(obs)
-    change = (change - change.mean(0)) / change.std(0, correction=0).clamp(min=1e-9)
+    spread = change.std(0, correction=0).clamp(min=1e-9)
+    change = (change - change.mean(0)) / spread
+
     optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
     errors = []
-    for batch in batches:
-        error = nn.functional.mse_loss(learner(obs[batch]) - before[batch], change[batch])
+    for batch in batches.to(obs.device):
+        learned = learner(obs[batch]) - before[batch]
+        error = nn.functional.mse_loss(learned, change[batch])
         optimizer.zero_grad()
         error.backward()
         optimizer.step()
         errors.append(error.detach())
-    # A copy that diverges has learned nothing.
-    curve = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf).view(10, -1)
-    return 100 * (1 - curve.mean(1).clamp(max=1).mean().item())
+
+    # A copy that has diverged has learned nothing, either.
+    errors = torch.stack(errors).nan_to_num(nan=math.inf, posinf=math.inf)
+    part_errors = errors.view(10, -1).mean(1)
+    return 100 * (1 - part_errors.clamp(max=1).mean().item())
 
 
-def measure_plasticity(network: nn.Module, obs: torch.Tensor, seed: int, **probe) -> dict[str, float | None]:
-    """`plasticity`, and what depends on the observations, too, of a freshly initialised twin: the level to compare with.
+def measure_plasticity(network: nn.Module, obs: torch.Tensor, seed: int, **probe) -> dict:
+    """`plasticity`, and a freshly initialised twin's, the level of a network that has lost nothing.
 
-    `probe`: the arguments of `plasticity`.
+    The twin's metrics of activations are measured, too, because they depend on the observations as
+    much as on the network. `probe` holds the arguments of `plasticity`.
     """
     twin = fresh_twin(network, seed)
-    activations = measure_activations(twin, obs)
+    twin_activations = measure_activations(twin, obs)
     return {
         "plasticity": plasticity(network, obs, seed=seed, **probe),
         "plasticity_fresh": plasticity(twin, obs, seed=seed, **probe),
-        "feature_erank_fresh": activations["feature_erank"],
-        "dormant_units_fresh": activations["dormant_units"],
+        "feature_erank_fresh": twin_activations["feature_erank"],
+        "dormant_units_fresh": twin_activations["dormant_units"],
     }
 
 
@@ -231,141 +296,253 @@ def measure_plasticity(network: nn.Module, obs: torch.Tensor, seed: int, **probe
 LOG_EVERY = 1_000  # steps between rows of the log (paper section 2)
 
 
-class CSVLog:
-    """A CSV file of fixed columns, flushed at every row. What a killed run wrote behind byte `offset` is cut off."""
-
-    def __init__(self, path: str | Path, columns: Iterable[str], offset: int = 0):
-        self.file = open(path, "r+" if offset else "w", buffering=1, newline="")  # noqa: SIM115 - open for the run
-        if self.file.seek(0, os.SEEK_END) < offset:
-            raise OSError(f"{path} has lost rows since the last checkpoint, which needs all of them")
-        self.file.truncate(offset)
-        self.file.seek(offset)
-        self.writer = csv.DictWriter(self.file, list(columns), lineterminator="\n")
-        if not offset:
-            self.writer.writeheader()
-
-    def write(self, row: dict) -> None:
-        """Append a row. Raises ValueError for an unknown column."""
-        self.writer.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
-
-
 class UserError(Exception):
     """A user's mistake: `command` prints it as one line and returns 2."""
 
 
-def refuse(wrong: bool, message: str) -> None:
-    if wrong:
-        raise UserError(message)
+def flag(name: str) -> str:
+    """The command line's name of a setting."""
+    return f"--{name.replace('_', '-')}"
+
+
+def is_of_kind(value: object, kind: object) -> bool:
+    """Whether a value is what a setting's annotation asks for; an int is a float, a bool no int."""
+    origin = typing.get_origin(kind)
+    options = typing.get_args(kind)
+    if origin is typing.Literal:
+        return isinstance(value, str) and value in options
+    if origin is types.UnionType:
+        return any(is_of_kind(value, option) for option in options)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(is_of_kind(item, options[0]) for item in value)
+    if isinstance(value, bool):
+        return kind is bool
+    if kind is float:
+        return isinstance(value, int | float)
+    return isinstance(value, kind)
+
+
+def check_kinds(args) -> None:
+    """Raise UserError for a setting that the command line would refuse, such as l2="Constant".
+
+    A setting that is None by default, and waits for the default of its task, may still be None.
+    """
+    for name, kind in typing.get_type_hints(type(args)).items():
+        value = getattr(args, name)
+        waits = value is None and getattr(type(args), name) is None
+        if not waits and not is_of_kind(value, kind):
+            expected = inspect.formatannotation(kind)
+            raise UserError(f"{flag(name)} {value!r} must be {expected}")
 
 
 def check(args, bounds: dict[str, tuple[float, float]]) -> None:
-    """Raise UserError unless every number is finite and within its bounds, by default 0 or more; and the device."""
-    refuse(args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no CUDA GPU here; use cpu")
+    """Raise UserError for a setting that is wrong in itself. Numbers lie in 0..inf by default."""
+    check_kinds(args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: no CUDA GPU here; use cpu")
     for name, value in vars(args).items():
         if isinstance(value, int | float):
             low, high = bounds.get(name, (0, math.inf))
             inside = low <= value <= high and value < math.inf
-            refuse(not inside, f"--{name.replace('_', '-')} {value} must lie in {low}..{high}")
+            if not inside:
+                raise UserError(f"{flag(name)} {value} must lie in {low}..{high}")
+    if args.plasticity_updates % 10:
+        raise UserError("--plasticity-updates must be a multiple of 10, the parts of its curve")
 
 
 def run_folder(args) -> Path:
-    """runs/<env>__<variant>__seed<k>; the variant names the remedies in use, as in "layer-norm+injection-2"."""
-    parts = [f"l2-{args.l2}"] if args.l2 != "none" else []
-    parts += [f"layer-norm-{args.layer_norm}"] * (args.layer_norm != "none") + ["leaky-relu"] * args.leaky_relu
-    if args.injections:
-        parts.append(f"injection-{args.injections}" + (f"-{args.injection_trigger}" if args.injection_trigger else ""))
-    return Path("runs") / f"{args.env.replace('/', '-')}__{'+'.join(parts) or 'standard'}__seed{args.seed}"
+    """runs/<env>__<variant>__seed<k>; the variant names the remedies, as in "l2-constant"."""
+    remedies = []
+    if args.l2 != "none":
+        remedies.append(f"l2-{args.l2}")
+    if args.layer_norm != "none":
+        remedies.append(f"layer-norm-{args.layer_norm}")
+    if args.leaky_relu:
+        remedies.append("leaky-relu")
+    if args.injections and args.injection_trigger:
+        remedies.append(f"injection-{args.injections}-{args.injection_trigger}")
+    elif args.injections:
+        remedies.append(f"injection-{args.injections}")
+    variant = "+".join(remedies) or "standard"
+    return Path("runs") / f"{args.env.replace('/', '-')}__{variant}__seed{args.seed}"
+
+
+def acquire(lock: filelock.FileLock, of: Path, timeout: float) -> contextlib.AbstractContextManager:
+    """Acquire a lock within `timeout` seconds. Raises UserError, saying how to break it."""
+    try:
+        return lock.acquire(timeout=timeout)
+    except filelock.Timeout:
+        advice = f"if no run is using it, here or on another machine, delete {lock.lock_file}"
+        raise UserError(f"{of} is in use by another process; {advice}") from None
 
 
 class Run:
     """A run's folder with config.json, log.csv and checkpoint.pt, and how far the run has come.
 
-    Training is a sequence of intervals, each from a fresh environment and random stream to a checkpoint: it can go on
-    exactly, and a checkpoint needs no state of an emulator or generator (as in dqn_zoo). `state` is what the last
-    checkpoint holds by name, {} in a new run. Raises UserError if the folder is another run's, in use or damaged.
+    Training is a sequence of intervals of `eval_every` steps. Each starts with a fresh environment
+    and a fresh random stream, and ends with a checkpoint. So a run that was killed can continue
+    exactly, and a checkpoint needs no state of an emulator or a generator (as in dqn_zoo).
+
+    `checkpoint` is what the latest `save` was given, None in a new run. Entering the run locks its
+    folder, leaving it unlocks it. Raises UserError for a folder of another run, in use or damaged.
     """
 
-    def __init__(self, folder: Path, settings: dict, steps: int, eval_every: int, columns: Iterable[str]):
-        self.folder, self.steps, self.eval_every = folder, steps, eval_every
-        self._compare(settings)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.lock = filelock.FileLock(folder / ".lock", is_singleton=True)  # a notebook may open its run again
+    def __init__(self, folder: Path, settings: dict, total_steps: int, eval_every: int):
+        self.folder = folder
+        self.settings = json.loads(json.dumps(settings))  # as they will be read: tuples are lists
+        self.total_steps = total_steps
+        self.eval_every = eval_every
+        self.lock = filelock.FileLock(folder / ".lock")
+        self.checkpoint = None
+        self.log_file = None
+        self.refuse_other_settings()
+
+    def __enter__(self):
+        self.folder.mkdir(parents=True, exist_ok=True)
+        acquire(self.lock, of=self.folder, timeout=0)
+        self.threads = torch.get_num_threads()
         try:
-            self.lock.acquire(timeout=0)
-        except filelock.Timeout:
-            raise UserError(f"{folder} is in use by another process") from None
-        replace_file(folder / "config.json", (json.dumps(settings, indent=2) + "\n").encode())
-        self.state = self._read_checkpoint()
-        self.step = self.state.get("step", 0)
-        self.finished = self.step == steps
+            self.open()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def open(self) -> None:
+        content = json.dumps(self.settings, indent=2) + "\n"
+        replace_file(self.folder / "config.json", content.encode())
+        self.checkpoint = self.read_checkpoint()
+        self.step = 0
+        if self.checkpoint:
+            self.step = self.checkpoint["step"]
+        self.finished = self.step == self.total_steps
         if self.finished:
-            print(f"{folder} is finished; nothing is left to do.")
-        self.csv = CSVLog(folder / "log.csv", [*columns, "steps_per_second"], self.state.get("log_bytes", 0))
+            print(f"{self.folder} is finished; nothing is left to do.")
+        else:
+            self.open_log()
 
-    def _compare(self, settings: dict) -> None:
-        path, settings = self.folder / "config.json", json.loads(json.dumps(settings))
-        there = json.loads(path.read_text()) if path.exists() else settings
-        names = [name for name in settings | there if settings.get(name) != there.get(name)]
-        shown = ", ".join(f"{name} {there.get(name)} (now {settings.get(name)})" for name in names)
-        refuse(names, f"{self.folder} holds a run with other settings: {shown}; move it away or start elsewhere")
+    def close(self) -> None:
+        """Give back what other runs of this process may need: lock, file and number of threads."""
+        if self.log_file:
+            self.log_file.close()
+        torch.set_num_threads(self.threads)
+        self.lock.release()
 
-    def _read_checkpoint(self) -> dict:
+    def refuse_other_settings(self) -> None:
+        path = self.folder / "config.json"
+        if not path.exists():
+            return
+        try:
+            settings = dict(json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            reason = type(error).__name__
+            advice = f"put it back, or delete {self.folder} to start over"
+            raise UserError(f"{path} cannot be read ({reason}): {advice}") from error
+        differences = []
+        for name in {**self.settings, **settings}:
+            now = self.settings.get(name)
+            before = settings.get(name)
+            if now != before:
+                differences.append(f"{name} {before} (now {now})")
+        if differences:
+            advice = "move it away or start elsewhere"
+            shown = ", ".join(differences)
+            raise UserError(f"{self.folder} holds a run with other settings: {shown}; {advice}")
+
+    def read_checkpoint(self) -> dict | None:
         path = self.folder / "checkpoint.pt"
         if not path.exists():
-            return {}
+            return None
         try:
             with zipfile.ZipFile(path) as archive:
                 if archive.testzip():  # checks what torch.load does not
                     raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a damaged file makes torch raise all sorts
-            raise UserError(f"{path} cannot be read ({type(error).__name__}); delete it to start over") from error
+            reason = type(error).__name__
+            raise UserError(f"{path} cannot be read ({reason}); delete it to start over") from error
 
-    def intervals(self) -> Iterator[tuple[int, Iterator[int]]]:
-        """The intervals that are left, under a progress bar: the steps done before, and the steps of each."""
-        with tqdm(total=self.steps, initial=self.step, unit="step", disable=None) as self.bar:
-            self.latest = self.step, time.perf_counter()  # of the latest row
-            for start in range(self.step, self.steps, self.eval_every):
-                self.end = min(start + self.eval_every, self.steps)
-                yield start, self._steps(start)
+    def open_log(self) -> None:
+        """A new log, or the old one without the rows that follow the checkpoint."""
+        path = self.folder / "log.csv"
+        if self.checkpoint is None:
+            self.log_file = open(path, "w", buffering=1, newline="")  # noqa: SIM115
+            return
+        size = self.checkpoint["log_bytes"]
+        content = path.read_bytes() if path.exists() else b""
+        if zlib.crc32(content[:size]) != self.checkpoint["log_crc"]:
+            self.refuse_changed_file(path)
+        self.log_file = open(path, "r+", buffering=1, newline="")  # noqa: SIM115
+        self.log_file.truncate(size)
+        self.log_file.seek(size)
 
-    def _steps(self, start: int) -> Iterator[int]:
-        for step in range(start + 1, self.end + 1):
-            yield step
-            self.bar.update()
+    def refuse_changed_file(self, path: Path) -> None:
+        """Raise UserError for a file that is not what it was when the checkpoint was saved."""
+        checkpoint = self.folder / "checkpoint.pt"
+        advice = f"put it back, or delete {checkpoint} to start over"
+        raise UserError(f"{path} has changed since the last checkpoint: {advice}")
+
+    def steps(self) -> Iterator[int]:
+        """The steps that are left, under a progress bar."""
+        with tqdm(total=self.total_steps, initial=self.step, unit="step", disable=None) as self.bar:
+            self.row_step = self.step
+            self.row_time = time.perf_counter()
+            for step in range(self.step + 1, self.total_steps + 1):
+                yield step
+                self.bar.update()
+
+    def interval_begins(self, step: int) -> bool:
+        return (step - 1) % self.eval_every == 0
+
+    def interval_ends(self, step: int) -> bool:
+        return step % self.eval_every == 0 or step == self.total_steps
 
     def row_due(self, step: int) -> bool:
         """Every 1,000 steps, and at the end of an interval, with its evaluation."""
-        return step % LOG_EVERY == 0 or step == self.end
+        return step % LOG_EVERY == 0 or self.interval_ends(step)
 
     def log(self, row: dict) -> None:
-        """Write a row of numbers and scalar tensors. Raises FloatingPointError for NaN or infinity."""
-        row = {name: value.item() if isinstance(value, torch.Tensor) else value for name, value in row.items()}
-        if not all(math.isfinite(value) for value in row.values() if isinstance(value, float)):
-            raise FloatingPointError(f"training has diverged: {row}")
-        (previous, then), (step, now) = self.latest, (row["step"], time.perf_counter())
-        self.latest = step, now
-        self.csv.write(row | {"steps_per_second": (step - previous) / (now - then)})
-        self.bar.set_postfix({name: x for name, x in row.items() if "return" in name and x is not None})
+        """Write a row of numbers and scalar tensors; None is an empty cell.
 
-    def save(self, step: int, **parts) -> None:
-        """Save the parts by name: what has a state_dict by that, the rest as it is."""
-        state = {name: part.state_dict() if hasattr(part, "state_dict") else part for name, part in parts.items()}
-        os.fsync(self.csv.file.fileno())  # the rows are on the disk before the checkpoint that counts on them
-        state |= {"step": step, "log_bytes": self.csv.file.tell()}
-        file = io.BytesIO()  # on a full disk torch.save raises errors of its own, a plain write says what is wrong
-        torch.save(state, file)
-        replace_file(self.folder / "checkpoint.pt", file.getvalue())
+        The first row decides the columns. Raises FloatingPointError for NaN or infinity.
+        """
+        numbers = {}
+        for name, value in row.items():
+            if isinstance(value, torch.Tensor):
+                value = value.item()
+            if isinstance(value, float) and not math.isfinite(value):
+                advice = "Start anew with other settings"
+                raise FloatingPointError(f"training has diverged: {name} is {value}. {advice}")
+            numbers[name] = value
+        now = time.perf_counter()
+        speed = (row["step"] - self.row_step) / (now - self.row_time)
+        self.row_step = row["step"]
+        self.row_time = now
+        numbers["steps_per_second"] = speed
 
-    def load(self, **parts) -> None:
-        """Give the parts their saved state back; in a new run they keep what they have."""
-        for name, part in parts.items() if self.state else ():
-            part.load_state_dict(self.state[name])
+        writer = csv.writer(self.log_file, lineterminator="\n")
+        if self.log_file.tell() == 0:
+            writer.writerow(numbers)
+        cells = numbers.values()
+        writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
+        returns = {name: value for name, value in numbers.items() if "return" in name and value}
+        self.bar.set_postfix(returns)
+
+    def save(self, state: dict) -> None:
+        """Save a checkpoint, which the next start finds as `checkpoint`."""
+        os.fsync(self.log_file.fileno())  # its rows are on the disk before what counts on them
+        log = (self.folder / "log.csv").read_bytes()
+        content = io.BytesIO()  # torch.save would raise errors of its own on a full disk
+        torch.save({**state, "log_bytes": len(log), "log_crc": zlib.crc32(log)}, content)
+        replace_file(self.folder / "checkpoint.pt", content.getvalue())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is whole or absent, whenever the process is killed or the disk is full."""
-    temporary = path.with_suffix(".tmp")  # one left over is overwritten
+    """Write a file that is whole or absent, even if the process is killed or the disk is full."""
+    temporary = path.with_suffix(".tmp")  # one that was left over is overwritten
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -374,13 +551,19 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """Write pictures, grey or RGB, as a GIF of at most 60 s, mostly below 2 MB. No failure of it ends a run."""
+    """Write pictures as a GIF of at most 60 s, mostly below 2 MB. Its failure ends no run."""
     try:
         step = max(1, fps // 25)  # 25 frames a second are enough
-        first, *rest = (Image.fromarray(frame).quantize(64) for frame in itertools.islice(frames, 0, 60 * fps, step))
+        pictures = []
+        for frame in itertools.islice(frames, 0, 60 * fps, step):
+            pictures.append(Image.fromarray(frame).quantize(64))
+        first, *rest = pictures
         for every in (1, 2, 4, 8):  # leave out frames until it is small enough
-            content, kept, duration = io.BytesIO(), rest[every - 1 :: every], 1000 * step * every // fps
-            first.save(content, "GIF", save_all=True, append_images=kept, duration=duration, loop=0)
+            content = io.BytesIO()
+            kept = rest[every - 1 :: every]
+            duration = 1000 * step * every // fps
+            options = {"save_all": True, "append_images": kept, "duration": duration, "loop": 0}
+            first.save(content, "GIF", **options)
             if content.tell() < 2e6:
                 break
         replace_file(path, content.getvalue())
@@ -389,20 +572,28 @@ def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
 
 
 def command(train: Callable, defaults: object) -> int:
-    """Train with the command line's settings. Returns 0, or after one line 1: a fault, 2: a mistake, 130: stopped."""
+    """Train with the command line's settings.
+
+    Returns 0, or after one line 1 for a fault on the way, 2 for a mistake, 130 if stopped.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    go_on = "the same command goes on from the last checkpoint, or starts over if there is none yet."
+    if hasattr(signal, "SIGPIPE"):  # Windows has none
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head -1` ends without a word
+    resumption = "the same command continues from the last checkpoint, or starts over without one."
     try:
-        folder = train(tyro.cli(type(defaults), default=defaults, config=(tyro.conf.FlagCreatePairsOff,)))
+        settings = (tyro.conf.FlagCreatePairsOff,)
+        folder = train(tyro.cli(type(defaults), default=defaults, config=settings))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except (FloatingPointError, OSError) as error:
-        advice = f"When that is mended, {go_on}" if isinstance(error, OSError) else "Start anew with other settings."
-        print(f"error: {error}. {advice}", file=sys.stderr)
+    except FloatingPointError as error:
+        print(f"error: {error}.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: {error}. When that is mended, {resumption}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"Stopped: {go_on}", file=sys.stderr)
+        print(f"Stopped: {resumption}", file=sys.stderr)
         return 130
     print(f"Done: {folder}/log.csv. Draw it with: python plot.py {folder}")
     return 0
