@@ -1,9 +1,10 @@
 """The protocol of the experiments: every number of it is observed where it acts.
 
-A test of an equation does not notice that the agent explores twice as much, or skips three frames instead of four.
-So nothing here is read back from the settings. Runs with the default settings are watched: what reaches the
-environment, the networks and the optimiser, and at which step. What costs time and is not the question, such as a
-convolutional network, is replaced by a stand-in, and a run starts shortly before the step of interest.
+A test of an equation does not notice that the agent explores twice as much, or skips three frames
+instead of four. So nothing here is read back from the settings. Runs with the default settings are
+watched: what reaches the environment, the networks and the optimiser, and at which step. What costs
+time and is not the question, such as a convolutional network, is replaced by a stand-in, and a run
+starts shortly before the step of interest.
 """
 
 import functools
@@ -127,11 +128,11 @@ def optimizer_settings(optimizer):
     return group["lr"], group["eps"], *group["betas"]
 
 
-def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0, lives=None):
+def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0):
     """Train from step `start` to step `until`, or to the end of the run, in a folder of its own.
 
-    Every action has the value `value`. Unless the network `learns`, the gradient of its loss is zero but for L2, and
-    it never changes. In this world `lives` is how many steps an episode of training has.
+    Every action has the value `value`. Unless the network `learns`, the gradient of its loss is
+    zero but for L2, and it never changes. All rewards are `reward`.
     """
     watch = Watch()
     watch.step = start
@@ -153,7 +154,7 @@ def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0, li
         if watch.evaluating:
             watch.evaluation_episodes.append(num_envs)
             return StandInEnvs(env_id, num_envs, 3, reward, lambda actions: None)
-        length = 1_500 if env_id == "Digits" else lives
+        length = 1_500 if env_id == "Digits" else None
         return StandInEnvs(env_id, num_envs, length, reward, before_training_step)
 
     def fresh_network(envs, args, step):
@@ -218,9 +219,10 @@ def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0, li
             watch.probe_batches.add(len(inputs[0]))
 
     class LaterRun(metrics.Run):
-        def __init__(self, *arguments, **settings):
-            super().__init__(*arguments, **settings)
+        def __enter__(self):
+            super().__enter__()
             self.step = start
+            return self
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tempfile.mkdtemp(dir=os.getcwd()))
@@ -254,7 +256,7 @@ def dqn_args(env, **settings):
 
 @functools.cache
 def default_run(env):
-    """The first steps of a run with all defaults, until everything has happened twice or (MsPacman) once."""
+    """The first steps of a run with all defaults, until everything has happened."""
     until = {"MsPacman": 25_000, "LunarLander": 20_100, "Digits": 1_550}
     return watch_dqn(dqn_args(env), until=until[env], reward=5.0)
 
@@ -381,7 +383,7 @@ DISCOUNTS = {"MsPacman": 0.99, "LunarLander": 0.99, "Digits": 0.5}
 
 @pytest.mark.parametrize("env", DISCOUNTS)
 def test_the_discount_in_the_target(env):
-    """All values are 100 and all rewards 0, so that the error of every transition is 100 - gamma * 100."""
+    """All values are 100 and all rewards 0, so that each error is 100 - gamma * 100."""
     run = watch_dqn(dqn_args(env, learning_starts=64), until=150, value=100.0)
     expected = (100 - DISCOUNTS[env] * 100) ** 2
     assert run.losses[0] == pytest.approx(expected, rel=1e-3)
@@ -419,7 +421,6 @@ def check_share_of_random_actions(run, steps, epsilon, number_of_actions):
 # Around which step, how many steps, and the mean epsilon there
 EPSILONS = [
     ("MsPacman", 1_000, 2_000, 1.0),
-    ("MsPacman", 19_000, 2_000, 1.0),
     ("MsPacman", 265_000, 2_000, 0.7525),
     ("MsPacman", 510_000, 2_000, 0.505),
     ("MsPacman", 902_000, 2_000, 0.109),
@@ -442,6 +443,12 @@ def test_the_share_of_random_actions_in_training(env, middle, count, epsilon):
     check_share_of_random_actions(
         run, range(start + 1, start + count + 1), epsilon, number_of_actions
     )
+
+
+def test_all_actions_are_random_on_mspacman_until_learning_starts():
+    """A schedule that began at the first step would be at 0.985 on average in these steps."""
+    steps = range(10_001, 20_001)
+    check_share_of_random_actions(default_run("MsPacman"), steps, 1.0, 9)
 
 
 def test_a_task_of_digits_starts_with_32_random_actions_and_then_explores_at_0_05():
@@ -468,32 +475,53 @@ def test_random_actions_are_as_frequent_as_epsilon_says_and_uniform():
     assert shares == pytest.approx([0.92, 0.02, 0.02, 0.02, 0.02], abs=2e-3)
 
 
-class StandingStill(Exception):
-    """An evaluation that should have been given up."""
+class Endless(Exception):
+    """An episode that should have been given up."""
 
 
-@pytest.mark.parametrize("env", ["MsPacman", "LunarLander"])
-def test_an_evaluation_explores_at_0_02_and_is_given_up_after_27_000_steps(env, monkeypatch):
-    made = []
-    actions = []
+def endless_envs(actions):
+    """A `make_env` whose episodes never end; their actions are collected."""
 
     def before_step(chosen):
         actions.append(chosen.copy())
         if len(actions) > 27_000:
-            raise StandingStill
+            raise Endless
 
     def make_env(env_id, num_envs=1, **options):
-        made.append(num_envs)
         return StandInEnvs(env_id, num_envs, None, 1.0, before_step)
 
-    monkeypatch.setattr(dqn, "make_env", make_env)
-    inputs, number_of_actions = (4, 9) if env == "MsPacman" else (3, 4)
-    q = stand_in_network(inputs, number_of_actions, value=1.0)
-    result = dqn.evaluate(q, dqn_args(env), 1_000)
-    assert made == [10]
-    assert result == len(actions) == 27_000
-    share = (np.array(actions) != 0).mean()
+    return make_env
+
+
+@pytest.mark.parametrize(("env", "number_of_actions"), [("MsPacman", 9), ("LunarLander", 4)])
+def test_an_evaluation_explores_at_0_02_and_is_given_up_after_27_000_steps(
+    env, number_of_actions, monkeypatch
+):
+    actions = []
+    monkeypatch.setattr(dqn, "make_env", endless_envs(actions))
+    q = stand_in_network(4 if env == "MsPacman" else 3, number_of_actions, value=1.0)
+    assert dqn.evaluate(q, dqn_args(env), 1_000) == 27_000  # a reward of 1 in every step
+    actions = np.array(actions)
+    assert actions.shape == (27_000, 10)
+    share = (actions != 0).mean()
     assert share == pytest.approx(0.02 * (1 - 1 / number_of_actions), abs=1e-3)
+
+
+def test_the_film_of_a_run_shows_an_episode_like_those_of_evaluations(monkeypatch):
+    """The last step of a run is enough, with all others left out."""
+    actions = []
+    shown = []
+
+    def save_gif(path, frames, fps):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(dqn, "make_env", endless_envs(actions))
+            shown.extend(frame.shape for frame in frames)
+
+    monkeypatch.setattr(metrics, "save_gif", save_gif)
+    watch_dqn(dqn_args("LunarLander", eval_every=10), start=299_990)
+    assert len(shown) == len(actions) == 27_000
+    share = (np.array(actions) != 0).mean()
+    assert share == pytest.approx(0.02 * (1 - 1 / 4), abs=0.003)
 
 
 def test_evaluating_and_measuring_change_nothing_in_training(monkeypatch):
@@ -593,7 +621,7 @@ def test_one_injection_takes_place_in_the_middle_of_the_run_two_at_half_and_thre
     half = LENGTHS[env] // 2
     every = 1_500 if env == "Digits" else 100
     settings = {"eval_every": every, "plasticity_every": 10**9, "train_frequency": 10**9}
-    for count, steps in {1: [half], 2: [half, half * 3 // 2]}.items():
+    for count, steps in {None: [], 1: [half], 2: [half, half * 3 // 2]}.items():
         args = dqn_args(env, **settings, injections=count)
         for step in (half, half * 3 // 2):
             start = step - every
@@ -602,7 +630,10 @@ def test_one_injection_takes_place_in_the_middle_of_the_run_two_at_half_and_thre
 
 
 def test_a_trigger_averages_with_weight_0_8_and_waits_for_5_percent_of_the_run(monkeypatch):
-    """Rows at 1000, 1500, 2000, 3000 with averages 0, 20, 36, 48.8. The next is due at once, but 3,000 steps wait."""
+    """The averages are 0, 20, 36 and 48.8 in the rows of steps 1,000, 1,500, 2,000 and 3,000.
+
+    After the injection the average starts anew and is above the threshold at once.
+    """
     values = itertools.chain([0.0], itertools.repeat(100.0))
 
     def measure(network, obs):
@@ -617,7 +648,7 @@ def test_a_trigger_averages_with_weight_0_8_and_waits_for_5_percent_of_the_run(m
 
 # ---- networks
 def outputs_and_activations(network, obs):
-    """The shape of what each layer with weights outputs, and what each activation makes of -1 and 2."""
+    """The shape of what each layer with weights outputs, and the activations of -1 and 2."""
     shapes = []
     activations = []
 
@@ -668,7 +699,10 @@ def test_the_q_network_has_these_layers_and_relu_or_leaky_relu_of_slope_0_01(env
 
 
 def test_the_networks_of_iql():
-    """The critic and V have two layers of 64 units, the actor two of 128; all of tanh, LeakyReLU on request."""
+    """The critic and V have two layers of 64 units, the actor two of 128.
+
+    They have tanh, and the critic LeakyReLU on request.
+    """
     obs = torch.rand(3, 2)
     shapes, curves = outputs_and_activations(iql.fresh_network(iql_args(), 0), obs)
     assert shapes == [(64,), (64,), (5,)]
@@ -692,7 +726,7 @@ def normalised(values):
 
 
 def places_of_layer_norm(network, obs):
-    """Whether the inputs of the activations, and those of the layers behind them, are normalised."""
+    """Whether the inputs of the activations, and those of the next layers, are normalised."""
     before = []
     after = []
 
@@ -710,23 +744,22 @@ def places_of_layer_norm(network, obs):
 
 @pytest.mark.parametrize("env", ["MsPacman", "Digits", "PointmassHard"])
 def test_layer_norm_stands_before_or_after_every_activation_of_a_hidden_layer(env):
+    """By default nowhere."""
     layers = 4 if env == "MsPacman" else 2
-    expected = {
-        "none": ([False] * layers, [False] * layers),
-        "before": ([True] * layers, [False] * layers),
-        "after": ([False] * layers, [True] * layers),
-    }
-    for place, normalised_places in expected.items():
+    yes = [True] * layers
+    no = [False] * layers
+    places = [(None, (no, no)), ("before", (yes, no)), ("after", (no, yes))]
+    for place, expected in places:
+        settings = {"layer_norm": place} if place else {}
         if env == "PointmassHard":
-            network = iql.fresh_network(iql_args(layer_norm=place), 0)
-            # Its first layer is small beside the epsilon of LayerNorm unless it is scaled up
-            nn.init.normal_(network[0].weight, std=10.0)
+            network = iql.fresh_network(iql_args(**settings), 0)
             obs = torch.rand(3, 2)
         else:
-            network = q_network(env, layer_norm=place)
-            nn.init.normal_(network[0].weight)
+            network = q_network(env, **settings)
             obs = observations_of(env)
-        assert places_of_layer_norm(network, obs) == normalised_places
+        # The variance of the first layer's outputs has to be large beside the epsilon of LayerNorm.
+        nn.init.normal_(network[0].weight, std=10.0)
+        assert places_of_layer_norm(network, obs) == expected
 
 
 # ---- Atari, on the emulator itself
@@ -737,7 +770,7 @@ def coverage(length):
 
 
 class Emulator:
-    """The same game without any preprocessing, and the preprocessing of Mnih et al. 2015 written out by hand."""
+    """The game itself, and the preprocessing of Mnih et al. 2015 written out by hand."""
 
     def __init__(self, rom):
         ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
@@ -752,7 +785,7 @@ class Emulator:
         return coverage(height) @ screen @ coverage(width).T
 
     def play(self, action):
-        """Four frames of one action: the larger of the last two at each pixel, and the sum of the rewards."""
+        """Four frames: the larger of the last two at each pixel, and the sum of the rewards."""
         reward = 0
         screens = []
         for _ in range(4):
@@ -761,8 +794,11 @@ class Emulator:
         return self.shrunk(np.maximum(screens[2], screens[3])), reward
 
 
-def test_mspacman_is_the_emulator_with_4_frames_a_step_of_which_the_last_two_are_merged_to_84_x_84():
-    """No action is sticky, all belong to the minimal set, rewards are the game's own."""
+def test_a_step_of_mspacman_is_four_frames_of_the_emulator():
+    """The last two of them are merged, shrunk to 84 x 84 and put on a stack of four.
+
+    No action is sticky, all belong to the minimal set, and rewards are the game's own.
+    """
     envs = dqn.make_env("MsPacman")
     obs, info = envs.reset(seed=5)
     emulator = Emulator("ms_pacman")
@@ -822,7 +858,7 @@ def test_fire_is_pressed_where_a_game_waits_for_it():
 
 
 def test_an_atari_episode_is_cut_after_108_000_frames(monkeypatch):
-    """To play so long would take the time of all other tests, so this looks at what the emulator is told."""
+    """To play so long would take too much time, so this looks at what the emulator is told."""
     told = []
     signature = inspect.signature(dqn.AtariVectorEnv)
 
@@ -891,7 +927,7 @@ def test_the_maze_is_that_of_the_course_each_cell_doubled():
     assert np.array_equal(maze.walls, large)
     assert maze.reset(seed=0)[0] * 22 == pytest.approx([2, 2])
     for x, y in itertools.product(range(22), repeat=2):
-        # A small step down, away from the border and from other cells, is made where there is no wall
+        # A small step away from the border and from other cells is made where there is no wall.
         obs, *_ = point_at(x + 0.5, y + 0.5, noise=(0.1, 0.0)).step(STAY)
         moved = obs[0] * 22 > x + 0.55
         assert moved != large[x, y]
@@ -913,7 +949,7 @@ def test_actions_move_by_one_and_the_noise_has_a_standard_deviation_of_one_half(
 
 
 def test_a_step_has_ten_substeps():
-    """The wall is in columns 10 and 11. A tenth of a step still fits in front of it, a fifth would not."""
+    """The wall is in columns 10 and 11. A tenth of a step fits in front of it, a fifth does not."""
     for start, end in {9.85: 9.95, 9.93: 9.93, 9.05: 9.95}.items():
         obs, *_ = point_at(1.0, start).step(RIGHT)
         assert obs[1] * 22 == pytest.approx(end, abs=1e-4)
@@ -1014,9 +1050,10 @@ def random_data(count):
 
 
 def watch_iql(start=0, until=None, learns=False, **settings):
-    """Train from step `start` to step `until`, or to the end of the run, on random data, in a folder of its own.
+    """Train from step `start` to step `until`, or to the end of the run, in a folder of its own.
 
-    Unless the networks `learn`, all gradients of their losses are zero but for L2, and they never change.
+    The data are random. Unless the agent `learns`, the gradients of its losses are zero but for L2,
+    and its networks never change.
     """
     watch = WatchIQL()
     watch.step = start
@@ -1068,9 +1105,9 @@ def watch_iql(start=0, until=None, learns=False, **settings):
             watch.evaluation_episodes[-1] += 1
         return result
 
-    def fresh_network(*arguments):
+    def fresh_network(*arguments, **settings):
         watch.fresh_networks.append(watch.step + 1)
-        return real_fresh_network(*arguments)
+        return real_fresh_network(*arguments, **settings)
 
     def save(run, *arguments, **parts):
         watch.saves.append(watch.step)
@@ -1111,9 +1148,10 @@ def watch_iql(start=0, until=None, learns=False, **settings):
             watch.probe_batches.add(len(inputs[0]))
 
     class LaterRun(metrics.Run):
-        def __init__(self, *arguments, **settings):
-            super().__init__(*arguments, **settings)
+        def __enter__(self):
+            super().__enter__()
             self.step = start
+            return self
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tempfile.mkdtemp(dir=os.getcwd()))
@@ -1196,11 +1234,13 @@ def test_iql_acts_after_100_000_updates_once_per_update_and_for_100_000_steps():
     assert first.moves == list(range(100_001, 100_012))
     last = watch_iql(start=199_990, eval_every=10, eval_episodes=1)
     assert last.step == last.saves[-1] == 200_000
-    assert last.updates == last.moves == list(range(199_991, 200_001))
+    steps = list(range(199_991, 200_001))
+    assert last.updates == steps
+    assert last.moves[:11] == [*steps, 200_001]  # what follows are the trajectories in the pictures
 
 
 def test_the_injections_of_iql_are_spread_over_the_online_phase():
-    for count, steps in {1: [100_001], 2: [100_001, 150_001]}.items():
+    for count, steps in {None: [], 1: [100_001], 2: [100_001, 150_001]}.items():
         for start in (99_990, 149_990):
             settings = {"eval_every": 10, "eval_episodes": 1, "injections": count}
             run = watch_iql(start=start, until=start + 20, **settings)
@@ -1227,7 +1267,10 @@ def test_evaluating_and_measuring_change_nothing_in_iql(monkeypatch):
 
 # ---- IQL: L2 in the loss
 def iql_l2_in_steps(steps, **settings):
-    """lambda, from the gradient of the loss in the updates of these steps. L2 moves the critic alone."""
+    """lambda, from the gradient of the loss in the updates of these steps.
+
+    The gradients of V and the actor are zero, for L2 moves the critic alone.
+    """
     start = (steps[0] - 1) // 10 * 10
     run = watch_iql(start=start, until=steps[-1], eval_every=10, eval_episodes=1, **settings)
     assert run.largest_other_gradient == 0
@@ -1252,7 +1295,10 @@ def test_the_periodic_l2_of_iql_has_50_000_steps_with_lambda_and_10_000_without(
 
 # ---- the explorer that collects IQL's data
 def test_the_explorer_collects_10_000_transitions_at_random_in_30_percent_of_the_steps(monkeypatch):
-    """Its networks are stand-ins that prefer one action and do not learn; the target gets a copy every 300 steps."""
+    """Its networks are stand-ins that prefer one action and do not learn.
+
+    The target network gets a copy every 300 steps.
+    """
     actions = []
     batch_sizes = set()
     copies = []
@@ -1289,10 +1335,11 @@ def test_the_explorer_collects_10_000_transitions_at_random_in_30_percent_of_the
 
 
 def test_the_explorers_networks_and_its_losses(monkeypatch):
-    """Its reward is the error of the predictor, over the root of its mean square in the latest 100 updates.
+    """Its reward is the error of the predictor, divided by the root of its mean square.
 
-    All values are made 1,000 here, and the error 1 until step 150, then 2, so that the gradient of the error of
-    prediction, (reward + discount * 1,000) - 1,000, gives reward and discount. No network learns.
+    That is the mean of the latest 100 updates or so. Here all values are 1,000, and the error is 1
+    until step 150, then 2. So the gradient, of (1,000 - (reward + discount * 1,000))^2, shows the
+    reward and the discount. No network learns.
     """
     shapes = set()
     optimizers = set()
