@@ -342,10 +342,8 @@ def train(args: Args) -> Path:
             injected_at = []
             smoothed_metric = None
         else:
-            q, target_network, optimizer = load_networks(run.checkpoint, envs, args)
-            injected_at = run.checkpoint["injected_at"]
-            smoothed_metric = run.checkpoint["smoothed_metric"]
-            load_replay(run, replay)
+            loaded = load_checkpoint(run, envs, args, replay)
+            q, target_network, optimizer, injected_at, smoothed_metric = loaded
 
         for step in run.steps():
             if run.interval_begins(step):
@@ -523,10 +521,17 @@ def epsilon_greedy(
 
 
 # ---- loading a checkpoint
-def load_networks(
-    checkpoint: dict, envs: gym.vector.VectorEnv, args: Args
-) -> tuple[nn.Module, nn.Module, torch.optim.Adam]:
-    """Q, target network and optimiser as they were saved."""
+def load_checkpoint(
+    run: metrics.Run, envs: gym.vector.VectorEnv, args: Args, replay: "Replay"
+) -> tuple[nn.Module, nn.Module, torch.optim.Adam, list[int], float | None]:
+    """All that the checkpoint holds, and the replay where it was.
+
+    Raises UserError if the replay's file is not what it was then.
+    """
+    checkpoint = run.checkpoint
+    replay.load_state_dict(checkpoint["replay"])
+    if replay.fingerprint() != checkpoint["replay"]["fingerprint"]:
+        run.refuse_changed_file(replay.path)
     q = fresh_network(envs, args, step=0)
     target_network = copy.deepcopy(q).requires_grad_(False)
     for step in checkpoint["injected_at"]:
@@ -535,14 +540,8 @@ def load_networks(
     q.load_state_dict(checkpoint["q"])
     target_network.load_state_dict(checkpoint["target_network"])
     optimizer.load_state_dict(checkpoint["optimizer"])
-    return q, target_network, optimizer
-
-
-def load_replay(run: metrics.Run, replay: "Replay") -> None:
-    """Go on where the replay was. Raises UserError if its file is not what it was then."""
-    replay.load_state_dict(run.checkpoint["replay"])
-    if replay.fingerprint() != run.checkpoint["replay"]["fingerprint"]:
-        run.refuse_changed_file(replay.path)
+    injected_at = checkpoint["injected_at"]
+    return q, target_network, optimizer, injected_at, checkpoint["smoothed_metric"]
 
 
 # ---- replay

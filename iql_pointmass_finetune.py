@@ -277,19 +277,15 @@ def train(args: Args) -> Path:
         q = fresh_network(args, step=0)
         v = mlp(2, 64, 64, 1).to(args.device)
         actor = mlp(2, 128, 128, len(MOVES)).to(args.device)
-        target_network = copy.deepcopy(q).requires_grad_(False)
-        q_optimizer = adam(args, q)
         v_and_actor_optimizer = adam(args, v, actor)
-        injected_at = []
-        smoothed_metric = None
-        if run.checkpoint is not None:
-            v.load_state_dict(run.checkpoint["v"])
-            actor.load_state_dict(run.checkpoint["actor"])
-            v_and_actor_optimizer.load_state_dict(run.checkpoint["v_and_actor_optimizer"])
-            q, target_network, q_optimizer = load_q(run.checkpoint, args)
-            injected_at = run.checkpoint["injected_at"]
-            smoothed_metric = run.checkpoint["smoothed_metric"]
-            load_replay(run, replay, dataset_path(args))
+        if run.checkpoint is None:
+            target_network = copy.deepcopy(q).requires_grad_(False)
+            q_optimizer = adam(args, q)
+            injected_at = []
+            smoothed_metric = None
+        else:
+            loaded = load_checkpoint(run, args, q, v, actor, v_and_actor_optimizer, replay)
+            q, target_network, q_optimizer, injected_at, smoothed_metric = loaded
 
         for step in run.steps():
             online = step > args.offline_steps
@@ -438,9 +434,26 @@ def sample_actions(actor: nn.Module, obs: np.ndarray, rng: np.random.Generator) 
 
 
 # ---- loading a checkpoint
-def load_q(checkpoint: dict, args: Args) -> tuple[nn.Module, nn.Module, torch.optim.Adam]:
-    """Q, its target network and its optimiser as they were saved."""
-    q = fresh_network(args, step=0)
+def load_checkpoint(
+    run: metrics.Run,
+    args: Args,
+    q: nn.Module,
+    v: nn.Module,
+    actor: nn.Module,
+    v_and_actor_optimizer: torch.optim.Adam,
+    replay: "Replay",
+) -> tuple[nn.Module, nn.Module, torch.optim.Adam, list[int], float | None]:
+    """Load what no injection replaces, and return the rest.
+
+    Raises UserError if the offline data are not those of before.
+    """
+    checkpoint = run.checkpoint
+    if replay.data_checksum != checkpoint["replay"]["data_checksum"]:
+        run.refuse_changed_file(dataset_path(args))
+    replay.load_state_dict(checkpoint["replay"])
+    v.load_state_dict(checkpoint["v"])
+    actor.load_state_dict(checkpoint["actor"])
+    v_and_actor_optimizer.load_state_dict(checkpoint["v_and_actor_optimizer"])
     target_network = copy.deepcopy(q).requires_grad_(False)
     for step in checkpoint["injected_at"]:
         q, target_network = inject(q, target_network, fresh_network(args, step))
@@ -448,14 +461,8 @@ def load_q(checkpoint: dict, args: Args) -> tuple[nn.Module, nn.Module, torch.op
     q.load_state_dict(checkpoint["q"])
     target_network.load_state_dict(checkpoint["target_network"])
     q_optimizer.load_state_dict(checkpoint["q_optimizer"])
-    return q, target_network, q_optimizer
-
-
-def load_replay(run: metrics.Run, replay: "Replay", data_path: Path) -> None:
-    """The transitions seen online. Raises UserError if the offline data are not those of before."""
-    if replay.data_checksum != run.checkpoint["replay"]["data_checksum"]:
-        run.refuse_changed_file(data_path)
-    replay.load_state_dict(run.checkpoint["replay"])
+    injected_at = checkpoint["injected_at"]
+    return q, target_network, q_optimizer, injected_at, checkpoint["smoothed_metric"]
 
 
 # ---- replay and data
