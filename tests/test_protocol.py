@@ -97,6 +97,7 @@ class Watch:
     def __init__(self):
         self.step = 0
         self.actions = {}  # by step
+        self.epsilons = {}  # likewise
         self.updates = []
         self.copies = []  # into the target network
         self.evaluations = []
@@ -136,6 +137,7 @@ def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0):
     """
     watch = Watch()
     watch.step = start
+    real_epsilon_greedy = dqn.epsilon_greedy
     real_loss = dqn.td_loss
     real_copy = dqn.copy_to_target
     real_evaluate = dqn.evaluate
@@ -161,6 +163,11 @@ def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0):
         watch.fresh_networks.append(watch.step + 1)  # before which step
         inputs = int(np.prod(envs.single_observation_space.shape))
         return stand_in_network(inputs, int(envs.single_action_space.n), value)
+
+    def epsilon_greedy(q, obs, epsilon, rng):
+        if not watch.evaluating:
+            watch.epsilons[watch.step + 1] = epsilon
+        return real_epsilon_greedy(q, obs, epsilon, rng)
 
     def td_loss(q, target_network, batch, gamma):
         watch.batch_sizes.add(len(batch.obs))
@@ -228,6 +235,7 @@ def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0):
         patch.chdir(tempfile.mkdtemp(dir=os.getcwd()))
         patch.setattr(dqn, "make_env", make_env)
         patch.setattr(dqn, "fresh_network", fresh_network)
+        patch.setattr(dqn, "epsilon_greedy", epsilon_greedy)
         patch.setattr(dqn, "td_loss", td_loss)
         patch.setattr(dqn, "copy_to_target", copy_to_target)
         patch.setattr(dqn, "evaluate", evaluate)
@@ -411,11 +419,16 @@ def test_a_gradient_shorter_than_that_stays_as_it_is():
 
 # ---- DQN: how often actions are random
 def check_share_of_random_actions(run, steps, epsilon, number_of_actions):
-    """A random action is the first one, too, which the network prefers, once in so many times."""
-    others = sum(run.actions[step] != 0 for step in steps)
+    """Both what the schedule says and what reaches the environment.
+
+    One in so many random actions is the first one, which the network prefers, too.
+    """
+    scheduled = np.mean([run.epsilons[step] for step in steps])
+    assert scheduled == pytest.approx(epsilon, rel=1e-3)
+    others = np.mean([run.actions[step] != 0 for step in steps])
     expected = epsilon * (1 - 1 / number_of_actions)
     deviation = np.sqrt(expected * (1 - expected) / len(steps))
-    assert others / len(steps) == pytest.approx(expected, abs=3.5 * deviation + 1e-9)
+    assert others == pytest.approx(expected, abs=3.5 * deviation + 1e-9)
 
 
 # Around which step, how many steps, and the mean epsilon there
@@ -446,9 +459,10 @@ def test_the_share_of_random_actions_in_training(env, middle, count, epsilon):
 
 
 def test_all_actions_are_random_on_mspacman_until_learning_starts():
-    """A schedule that began at the first step would be at 0.985 on average in these steps."""
-    steps = range(10_001, 20_001)
-    check_share_of_random_actions(default_run("MsPacman"), steps, 1.0, 9)
+    run = default_run("MsPacman")
+    check_share_of_random_actions(run, range(1, 20_001), 1.0, 9)
+    assert run.epsilons[20_000] == 1.0
+    assert run.epsilons[25_000] == pytest.approx(1 - 0.99 * 5 / 980)
 
 
 def test_a_task_of_digits_starts_with_32_random_actions_and_then_explores_at_0_05():
