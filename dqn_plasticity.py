@@ -7,7 +7,7 @@ papers that are cited here.
 A network that has been trained for a long time may stop learning. This file trains one on an Atari
 game, on LunarLander (or any Gymnasium task with flat observations and discrete actions) or on
 Digits, which shows the collapse in a minute. It logs what the literature takes for signs of lost
-plasticity (metrics.py). The update is that of double DQN (van Hasselt et al. 2016):
+plasticity. The update is that of double DQN (van Hasselt et al. 2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
     loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2
@@ -51,65 +51,63 @@ from metrics import UserError, run_folder
 
 gym.register_envs(ale_py)
 
-VERSION = 5  # raised whenever the networks or what is saved of them change
+# Raised when the networks or the checkpoint change, so that older runs are refused.
+VERSION = 5
 
 # ---- settings
 # fmt: off
 DEFAULTS_BY_TASK = {
-    #                            Atari games   flat tasks   Digits
-    "total_steps":              (2_000_000,    300_000,     60_000),
-    "eval_every":               (25_000,       10_000,      1_500),
-    "plasticity_every":         (100_000,      2_000,       1_500),
-    "plasticity_updates":       (700,          40,          150),
-    "learning_rate":            (1e-4,         1e-3,        1e-3),
-    "adam_eps":                 (1e-4,         1e-4,        1e-8),
-    "gamma":                    (0.99,         0.99,        0.5),
-    "batch_size":               (32,           128,         32),
-    "buffer_size":              (1_000_000,    300_000,     1_500),
-    "learning_starts":          (20_000,       20_000,      32),
-    "train_frequency":          (4,            2,           1),
-    "target_network_frequency": (2_000,        250,         100),
-    "start_e":                  (1.0,          1.0,         0.05),
-    "end_e":                    (0.01,         0.1,         0.05),
-    "exploration_fraction":     (0.5,          0.1,         0.0),
-    "max_grad_norm":            (10.0,         10.0,        0.0),
-    "l2_lambda":                (1e-5,         1e-3,        1e-4),
-    "l2_end":                   (2e-5,         2e-3,        2e-4),
-    "l2_on_steps":              (500_000,      75_000,      4_000),
-    "l2_off_steps":             (100_000,      15_000,      800),
+    #                            Atari games flat tasks  Digits
+    "total_steps":              (2_000_000,  300_000,    60_000),
+    "eval_every":               (25_000,     10_000,     1_500),
+    "plasticity_every":         (100_000,    2_000,      1_500),
+    "plasticity_updates":       (700,        40,         150),
+    "learning_rate":            (1e-4,       1e-3,       1e-3),
+    "adam_eps":                 (1e-4,       1e-4,       1e-8),
+    "gamma":                    (0.99,       0.99,       0.5),
+    "batch_size":               (32,         128,        32),
+    "buffer_size":              (1_000_000,  300_000,    1_500),
+    "learning_starts":          (20_000,     20_000,     32),
+    "train_frequency":          (4,          2,          1),
+    "target_network_frequency": (2_000,      250,        100),
+    "start_e":                  (1.0,        1.0,        0.05),
+    "end_e":                    (0.01,       0.1,        0.05),
+    "exploration_fraction":     (0.5,        0.1,        0.0),
+    "max_grad_norm":            (10.0,       10.0,       0.0),
+    "l2_lambda":                (1e-5,       1e-3,       1e-4),
+    "l2_end":                   (2e-5,       2e-3,       2e-4),
+    "l2_on_steps":              (500_000,    75_000,     4_000),
+    "l2_off_steps":             (100_000,    15_000,     800),
 }
 # fmt: on
 
 
 @dataclass
 class Args:
-    """Deep Q-learning with remedies for lost plasticity.
-
-    Many defaults depend on the task: see for instance --env Digits --help.
-    """
+    """Deep Q-learning with remedies for lost plasticity. Defaults: --env Digits --help."""
 
     # The task: an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations.
     env: str = "MsPacman"
-    # It decides everything: the same seed, machine and thread count give the same log.
+    # Seed of all random numbers: the same seed, machine and thread count give the same log.
     seed: int = 1
-    # By default a CUDA GPU if there is one.
+    # Where the networks are computed. By default on a CUDA GPU if there is one.
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    # Update in bfloat16, with weights in float32: faster on Atari if the hardware has it.
+    # Compute updates in bfloat16, with weights in float32: faster on Atari if the hardware has it.
     bf16: bool = False
     # Length of the run in steps of the environment.
     total_steps: int = None
     # Steps between evaluations, each with a checkpoint.
     eval_every: int = None
-    # Whole episodes of an evaluation. Digits has none: its training return is the score.
+    # Episodes per evaluation. Digits is not evaluated: its training return is the score.
     eval_episodes: int = 10
     # Steps between measurements of plasticity.
     plasticity_every: int = None
-    # Updates of a measurement of plasticity, a multiple of ten.
+    # Updates of the network's copy in a measurement of plasticity, a multiple of ten.
     plasticity_updates: int = None
 
-    # Step size of Adam.
+    # Learning rate of Adam.
     learning_rate: float = None
-    # Epsilon of Adam.
+    # Adam's epsilon, which is added to the denominator (not the epsilon of exploration).
     adam_eps: float = None
     # Discount per step.
     gamma: float = None
@@ -117,31 +115,31 @@ class Args:
     batch_size: int = None
     # Transitions that the replay keeps.
     buffer_size: int = None
-    # Steps before the first update. On Digits they are counted from the start of every task.
+    # Steps before the first update. Digits counts them anew whenever its labels change.
     learning_starts: int = None
-    # Steps per update.
+    # Steps from one update to the next.
     train_frequency: int = None
-    # Steps between copies of Q into the target network.
+    # Steps from one copy of Q into the target network to the next.
     target_network_frequency: int = None
-    # The first epsilon, which is the probability of a random action.
+    # Epsilon, the probability of a random action, at the start of the run.
     start_e: float = None
-    # The last epsilon.
+    # Epsilon at the end of its schedule.
     end_e: float = None
-    # Share of the run after which epsilon has its last value.
+    # Share of the run after which the schedule of epsilon ends.
     exploration_fraction: float = None
     # Longer gradients are scaled down to this norm. 0 means never.
     max_grad_norm: float = None
 
-    # How many plasticity injections; with a trigger, at most. By default one at each step given.
+    # Number of plasticity injections, at most with a trigger. By default one at each step given.
     injections: int | None = None
-    # At which steps to inject. By default evenly over the second half of the run.
+    # Steps at which to inject. By default evenly over the second half of the run.
     injection_steps: tuple[int, ...] = ()
-    # Inject when the moving average of this metric crosses the threshold.
+    # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # The trigger fires above it for weight_magnitude and dormant_units, below it for the others.
+    # The trigger's threshold, upwards for weight_magnitude and dormant_units, else downwards.
     injection_threshold: float | None = None
 
-    # Schedule of lambda, which multiplies the squared norm of the parameters in the loss.
+    # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"
     # Lambda of constant and periodic L2.
     l2_lambda: float = None
@@ -182,7 +180,7 @@ class Args:
 
 # ---- network
 def hidden_layer(layer: nn.Module, shape: tuple[int, ...], args: Args) -> list[nn.Module]:
-    """A layer with its activation and, if asked for, LayerNorm over its outputs (paper 3.3)."""
+    """A layer, its activation, and a LayerNorm over `shape` before or after it (paper 3.3)."""
     activation = nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()
     if args.layer_norm == "before":
         return [layer, nn.LayerNorm(shape), activation]
@@ -197,6 +195,7 @@ class QNetwork(nn.Sequential):
     def __init__(self, envs: gym.vector.VectorEnv, args: Args):
         actions = int(envs.single_action_space.n)
         if is_atari(args.env):
+            # From 4 frames of 84 x 84 pixels; the sizes are those of Mnih et al. 2015.
             super().__init__(
                 *hidden_layer(nn.Conv2d(4, 32, 8, stride=4), (32, 20, 20), args),
                 *hidden_layer(nn.Conv2d(32, 64, 4, stride=2), (64, 9, 9), args),
@@ -216,26 +215,24 @@ class QNetwork(nn.Sequential):
 
 
 def fresh_network(envs: gym.vector.VectorEnv, args: Args, step: int) -> QNetwork:
-    """A newly initialised network, decided by (seed, step) alone."""
+    """A newly initialised network, which depends only on (seed, step)."""
     torch.manual_seed(seeds(args, step)[0])
     return QNetwork(envs, args).to(args.device, memory_format=torch.channels_last)
 
 
 # ---- injection
 class Injected(nn.Module):
-    """Q = h + (f1 - f2): h is frozen, f1 and f2 are fresh and identical, only f1 is trained.
-
-    (Paper 3.1, after Nikishin et al. 2023.) Added in this order, Q is h to the last bit until f1 is
-    trained. h may itself be an injected network.
-    """
+    """Q = h + (f1 - f2) of paper 3.1: h frozen, f1 and f2 fresh and identical, only f1 trained."""
 
     def __init__(self, h: nn.Module, fresh: nn.Module):
         super().__init__()
+        # Itself an injected network after a second injection.
         self.h = h.requires_grad_(False)
         self.f1 = fresh
         self.f2 = copy.deepcopy(fresh).requires_grad_(False)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        # In this order Q equals h to the last bit until f1 is trained.
         return self.h(obs) + (self.f1(obs) - self.f2(obs))
 
 
@@ -245,24 +242,18 @@ def trainable(q: nn.Module) -> nn.Sequential:
 
 
 def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[Injected, Injected]:
-    """Inject the same fresh network into Q and its target network.
-
-    The target network keeps its own lagging h, so that its values do not jump either.
-    """
+    """Inject the same fresh network into Q and its target network."""
+    # The target keeps its own, lagging h, so that its values do not jump either. Its f1 is a copy,
+    # which will lag behind Q's.
     injected_target = Injected(target_network, copy.deepcopy(fresh))
     return Injected(q, fresh), injected_target.requires_grad_(False)
 
 
-def q_and_target(
-    q: nn.Module, target_network: nn.Module, obs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The values q(obs) and target_network(obs).
-
-    After an injection the frozen parts that the two share are computed once, which saves time: f2,
-    and also h once the target network has received its first copy of Q.
-    """
+def q_and_target(q, target_network, obs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same values as q(obs) and target_network(obs), with less work after an injection."""
     if not isinstance(q, Injected):
         return q(obs), target_network(obs)
+    # Of the frozen networks both share f2, and h once copy_to_target has made it the same.
     f2 = q.f2(obs)
     h = q.h(obs)
     target_h = h
@@ -273,7 +264,7 @@ def q_and_target(
 
 # ---- L2 regularisation
 def l2_coefficient(args: Args, step: int) -> float:
-    """lambda(k) of paper 3.2 at step k, which counts from 1."""
+    """lambda(step) of paper 3.2, the factor of the squared norm. Steps count from 1."""
     if args.l2 == "constant":
         return args.l2_lambda
     if args.l2 == "incremental":
@@ -286,23 +277,20 @@ def l2_coefficient(args: Args, step: int) -> float:
 
 
 def squared_norm(network: nn.Module) -> torch.Tensor:
-    """||phi||^2 over all parameters of the network that is trained."""
+    """||phi||^2, the sum of the squares of all parameters."""
     parameters = torch.cat([parameter.flatten() for parameter in network.parameters()])
     return parameters.square().sum()
 
 
 # ---- loss
-# Tensors with a row per transition.
+# Tensors: obs and next_obs (batch, *observation), all others (batch,), terminated is 0.0 or 1.0.
 Batch = collections.namedtuple("Batch", "obs action reward next_obs terminated")
 
 
-def td_loss(
-    q: nn.Module, target_network: nn.Module, batch: Batch, gamma: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean (y - Q(s, a))^2 with the double-Q target y, and the mean of Q(s, a).
+def td_loss(q, target_network, batch: Batch, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean (y - Q(s, a))^2 and mean Q(s, a), both scalars.
 
-    (van Hasselt et al. 2016.) The online network chooses the next action, the target network
-    values it.
+    In double DQN (van Hasselt et al. 2016) Q chooses the next action, the target network values it.
     """
     with torch.no_grad():
         next_q, next_target = q_and_target(q, target_network, batch.next_obs)
@@ -314,7 +302,8 @@ def td_loss(
 
 
 # ---- training
-NO_UPDATE = {"loss": None, "q_mean": None, "grad_norm": None}  # logged before the first update
+# What the log shows of the latest update until there has been one.
+NO_UPDATE = {"loss": None, "q_mean": None, "grad_norm": None}
 
 
 def train(args: Args) -> Path:
@@ -322,12 +311,15 @@ def train(args: Args) -> Path:
 
     Raises UserError for a user's mistake, and FloatingPointError when training diverges.
     """
-    check(args)
+    check(args)  # refuses mistakes before anything is written
     settings = {**asdict(args), "version": VERSION}
+    # A Run (metrics.py) is the folder of this run: settings, log and latest checkpoint. It counts
+    # the steps, from 1 or on from the checkpoint. They are cut into intervals of eval_every steps,
+    # each of which ends with an evaluation and a checkpoint.
     with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
         replay_path = run.folder / "replay"
         if run.finished:
-            replay_path.unlink(missing_ok=True)  # in case the run was killed just before it did
+            replay_path.unlink(missing_ok=True)  # left over if it was killed at its very end
             return run.folder
         if not is_atari(args.env):
             torch.set_num_threads(1)  # one thread beats two on a small network
@@ -339,55 +331,61 @@ def train(args: Args) -> Path:
             q = fresh_network(envs, args, step=0)
             target_network = copy.deepcopy(q).requires_grad_(False)
             optimizer = adam(q, args)
-            injected_at = []
-            smoothed_metric = None
+            injected_at = []  # the steps of the injections so far
+            smoothed_metric = None  # moving average of the metric of --injection-trigger
         else:
+            # The same five as the latest checkpoint has them; the replay is filled in.
             loaded = load_checkpoint(run, envs, args, replay)
             q, target_network, optimizer, injected_at, smoothed_metric = loaded
 
         for step in run.steps():
             if run.interval_begins(step):
-                # The environment and the random stream are new, and decided by (seed, step), so
-                # that a run that was killed here continues exactly.
+                # Environment and random stream are new, and depend only on the seed and on the
+                # steps done so far. So a run that was killed repeats the interval from the latest
+                # checkpoint, and its log is that of a run that was never killed.
                 envs, obs, rng = fresh_start(args, step - 1)
-                # A run that continues has no gradients yet, and its log has to be the same.
+                # The log measures gradients, and a continued run has none.
                 optimizer.zero_grad()
                 if args.env == "Digits":
-                    # An interval is a task with new labels. Transitions of the old ones would
-                    # poison the targets, which would be a fault of memory, not of plasticity.
-                    # Networks and optimiser stay, for their plasticity is the question.
+                    # An interval is a task with new labels. Transitions with the old labels would
+                    # make wrong targets, which is a fault of memory, not of plasticity. Networks
+                    # and optimiser stay, for the question is whether they can still learn.
                     replay.empty()
                 episode_return = 0.0
                 returns = []  # of the episodes that ended since the latest row
-                update = NO_UPDATE
+                latest_update = NO_UPDATE
 
             if injection_due(args, step, injected_at, smoothed_metric):
-                # Paper 3.1. The optimiser is new, too: moments of old weights mean nothing here.
+                # Paper 3.1. Adam starts anew, too: its moving averages are of the old weights.
                 fresh = fresh_network(envs, args, step)
                 q, target_network = inject(q, target_network, fresh)
                 optimizer = adam(q, args)
-                injected_at = [*injected_at, step]
-                smoothed_metric = None
-                update = NO_UPDATE
+                injected_at.append(step)
+                smoothed_metric = None  # the metrics are now those of the fresh network
+                latest_update = NO_UPDATE
 
-            # Act, and remember what followed.
+            # Act, and remember what followed. The environment is a vector of one, hence the [0].
+            # Terminated: no reward can follow. Truncated: only the time is over, so that the value
+            # of next_obs still counts in the target.
             epsilon = exploration_rate(args, step, replay)
             action = epsilon_greedy(q, obs, epsilon, rng)
             next_obs, reward, terminated, truncated, _ = envs.step(action)
             episode_over = terminated[0] or truncated[0]
             episode_return += float(reward[0])
             if is_atari(args.env):
-                reward = np.sign(reward)  # Mnih et al. 2015: games have scores of all sizes
+                # Games count in ones or in thousands (Mnih et al. 2015).
+                reward = np.sign(reward)
             replay.add(obs[0], action[0], reward[0], next_obs[0], terminated[0], episode_over)
             obs = next_obs
 
+            l2_lambda = l2_coefficient(args, step)
             learning = replay.added > args.learning_starts
             if learning and step % args.train_frequency == 0:
+                # One update, its forward passes in bfloat16 with --bf16.
                 batch = replay.sample(args.batch_size, rng, args.device)
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                     loss, q_mean = td_loss(q, target_network, batch, args.gamma)
-                update = {"loss": loss.detach(), "q_mean": q_mean, "grad_norm": None}
-                l2_lambda = l2_coefficient(args, step)
+                latest_update = {"loss": loss.detach(), "q_mean": q_mean, "grad_norm": None}
                 if l2_lambda > 0:
                     # Paper 3.2. Only what is trained is regularised.
                     loss = loss + l2_lambda * squared_norm(trainable(q))
@@ -396,8 +394,10 @@ def train(args: Args) -> Path:
                 if args.max_grad_norm > 0:
                     parameters = trainable(q).parameters()
                     norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    update["grad_norm"] = norm  # that before clipping
+                    latest_update["grad_norm"] = norm  # its norm before clipping
                 optimizer.step()
+
+            # The target network lags behind, or else Q would chase values that move with it.
             if step % args.target_network_frequency == 0:
                 copy_to_target(q, target_network)
 
@@ -407,27 +407,34 @@ def train(args: Args) -> Path:
                 obs, _ = envs.reset()
 
             if run.row_due(step) or step % args.plasticity_every == 0:
+                # The log: figures of the latest update, and the metrics of the network.
+                grad_norm = latest_update["grad_norm"]
                 if args.max_grad_norm == 0:
-                    update = {**update, "grad_norm": metrics.gradient_norm(trainable(q))}
+                    grad_norm = metrics.gradient_norm(trainable(q))  # nothing has been clipped
+                eval_return = None
+                if run.interval_ends(step):
+                    eval_return = evaluate(q, args, step)
                 row = {
                     "step": step,
                     "train_return": np.mean(returns) if returns else None,
-                    "eval_return": evaluate(q, args, step) if run.interval_ends(step) else None,
-                    "loss": update["loss"],
-                    "q_mean": update["q_mean"],
-                    "grad_norm": update["grad_norm"],
+                    "eval_return": eval_return,
+                    "loss": latest_update["loss"],
+                    "q_mean": latest_update["q_mean"],
+                    "grad_norm": grad_norm,
                     "epsilon": epsilon,
-                    "l2_lambda": l2_coefficient(args, step),
+                    "l2_lambda": l2_lambda,
                     "injections": len(injected_at),
                     **measurements(args, step, trainable(q), replay),
                 }
                 run.log(row)
                 returns = []
-                has_learned = update["loss"] is not None
+                # Before the first update the network is still fresh, and nothing can be lost.
+                has_learned = latest_update["loss"] is not None
                 if has_learned and args.injection_trigger:
                     smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
             if run.interval_ends(step):
+                # This checkpoint is all that the next interval needs.
                 replay.end_episode()  # the next interval starts another
                 if step == args.total_steps:
                     save_episode(run.folder / "episode.gif", q, args)
@@ -443,7 +450,7 @@ def train(args: Args) -> Path:
                     }
                 )
         replay.close()
-        replay_path.unlink()
+        replay_path.unlink()  # of no more use, and up to 7 GB on Atari
         return run.folder
 
 
@@ -462,37 +469,32 @@ def copy_to_target(q: nn.Module, target_network: nn.Module) -> None:
 
 # ---- when to inject
 def smooth(average: float | None, value: float | None) -> float | None:
-    """Exponential moving average with weight 0.8, as in the paper's figures; None is no value."""
-    if value is None:
+    """Exponential moving average with weight 0.8, as in the paper's figures."""
+    if value is None:  # it was not measured
         return average
     if average is None:
         return value
     return 0.8 * average + 0.2 * value
 
 
-def injection_due(
-    args: Args, step: int, injected_at: list[int], smoothed_metric: float | None
-) -> bool:
-    """At the steps given (paper 3.1), or when the smoothed metric crosses a threshold (paper 6.1).
-
-    A triggered injection waits for 5 % of the run after the one before it.
-    """
+def injection_due(args: Args, step: int, injected_at: list[int], average: float | None) -> bool:
+    """At the steps given (paper 3.1), or when a metric's average crosses a threshold (6.1)."""
     if args.injection_trigger is None:
         return step in args.injection_steps
-    if smoothed_metric is None or len(injected_at) == args.injections:
+    if average is None or len(injected_at) == args.injections:
         return False
+    # The network of the latest injection is trained for 5 % of the run before it is judged.
     if injected_at and step - injected_at[-1] < 0.05 * args.total_steps:
         return False
-    excess = smoothed_metric - args.injection_threshold
-    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * excess >= 0
+    if metrics.DIRECTION_WHEN_LOST[args.injection_trigger] > 0:
+        return average >= args.injection_threshold
+    return average <= args.injection_threshold
 
 
 # ---- acting
 def exploration_rate(args: Args, step: int, replay: "Replay") -> float:
-    """Epsilon: linear from start_e to end_e, on Atari from the step at which learning starts.
-
-    A task of Digits starts with random actions.
-    """
+    """Epsilon: linear from start_e to end_e, on Atari from the step at which learning starts."""
+    # On Digits all actions are random after every change of the labels, until learning starts.
     if args.env == "Digits" and replay.added < args.learning_starts:
         return 1.0
     begin = args.learning_starts if is_atari(args.env) else 0
@@ -501,11 +503,9 @@ def exploration_rate(args: Args, step: int, replay: "Replay") -> float:
 
 
 @torch.inference_mode()
-def epsilon_greedy(
-    q: nn.Module, obs: np.ndarray, epsilon: float, rng: np.random.Generator
-) -> np.ndarray:
-    """One action per environment: a random one with probability epsilon, else the best."""
-    output_layer = trainable(q)[-1]
+def epsilon_greedy(q, obs: np.ndarray, epsilon: float, rng: np.random.Generator) -> np.ndarray:
+    """Actions (n,) for observations (n, ...): at random with probability epsilon, else the best."""
+    output_layer = trainable(q)[-1]  # it has one output per action
     actions = rng.integers(output_layer.out_features, size=len(obs))
     greedy = rng.random(len(obs)) >= epsilon
     if greedy.any():
@@ -524,9 +524,9 @@ def epsilon_greedy(
 def load_checkpoint(
     run: metrics.Run, envs: gym.vector.VectorEnv, args: Args, replay: "Replay"
 ) -> tuple[nn.Module, nn.Module, torch.optim.Adam, list[int], float | None]:
-    """All that the checkpoint holds, and the replay where it was.
+    """Q, target network, optimiser, injected_at and smoothed_metric as saved; the replay is filled.
 
-    Raises UserError if the replay's file is not what it was then.
+    Raises UserError if the replay's file has changed since.
     """
     checkpoint = run.checkpoint
     replay.load_state_dict(checkpoint["replay"])
@@ -546,9 +546,9 @@ def load_checkpoint(
 
 # ---- replay
 def slots_taken(args: Args, steps: int) -> int:
-    """How many slots of the replay so many steps take at most.
+    """The largest number of slots of the replay that so many steps can take.
 
-    The end of an episode takes a slot, too, and only on Atari are all episodes long.
+    An episode takes one slot more than it has steps, and on Atari it has at least 16 steps.
     """
     if is_atari(args.env):
         return steps + steps // 16 + 4
@@ -556,13 +556,11 @@ def slots_taken(args: Args, steps: int) -> int:
 
 
 class Replay:
-    """A ring of single frames in a file: an Atari transition costs 7 KB of the disk, when it comes.
+    """A ring of single frames in a file: an Atari transition takes 7 KB of disk once it is written.
 
     A slot holds the newest frame of an observation (a flat observation is one frame) and what
     followed. The observation that ends an episode has a slot, too, from which no transition starts.
-    Slots are written like any file, so that a full disk is an OSError (through a memory map it
-    would kill the process), and read through a memory map. They are numbered from the start of the
-    run, and slot k lies at k modulo the length of the ring.
+    Slots are numbered from the start of the run: slot k lies at k modulo the length of the ring.
     """
 
     def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, is_new: bool = True):
@@ -580,13 +578,16 @@ class Replay:
                 ("episode_start", "i8"),  # the slot in which its episode started
             ]
         )
-        # There is an interval more than asked for, so that a run that continues from its latest
-        # checkpoint finds all that it had.
+        # The ring is an interval longer than buffer_size, so that a run that continues from its
+        # latest checkpoint still finds every transition that it may draw.
         self.length = args.buffer_size + slots_taken(args, args.eval_every)
+        # Slots are written like any file, so that a full disk is an OSError (a memory map
+        # would kill the process), but they are read through a memory map.
         if is_new or not path.exists():
             path.write_bytes(b"")
         self.file = open(path, "r+b")  # noqa: SIM115 - it stays open during the run
-        self.file.truncate(self.length * self.slot.itemsize)  # takes no disk before it is written
+        # Takes no disk before it is written.
+        self.file.truncate(self.length * self.slot.itemsize)
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ring = np.frombuffer(self.map, self.slot)
         self.next = 0  # the slot to be written
@@ -595,12 +596,13 @@ class Replay:
         self.added = 0  # transitions since then
 
     def close(self) -> None:
-        """Give the file free, which Windows asks for before it is deleted."""
+        """Release the file, for Windows cannot delete a file in use."""
         self.ring = None
         self.map.close()
         self.file.close()
 
     def state_dict(self) -> dict[str, int]:
+        # On the disk before the checkpoint that counts on it.
         os.fsync(self.file.fileno())
         return {
             "next": self.next,
@@ -617,7 +619,7 @@ class Replay:
         self.added = state["added"]
 
     def fingerprint(self) -> int:
-        """A checksum of the oldest and the newest slots: another file of this name has another."""
+        """Checksum of the 100 oldest and 100 newest slots, by which a changed file is noticed."""
         oldest = self.oldest()
         count = min(100, self.next - oldest)
         slots = np.arange(count)
@@ -631,10 +633,12 @@ class Replay:
     def add(
         self, obs, action: int, reward: float, next_obs, terminated: bool, episode_over: bool
     ) -> None:
-        """Raises FloatingPointError for an observation or a reward that is NaN or infinite."""
+        """Append a transition, its observations without a batch dimension.
+
+        Raises FloatingPointError for an observation or a reward that is NaN or infinite.
+        """
         if not np.isfinite(next_obs).all() or not np.isfinite(reward):
-            what = "an observation or a reward of the environment is NaN or infinite"
-            raise FloatingPointError(f"{what}, which no training can mend")
+            raise FloatingPointError("the environment returned a NaN or infinite number")
         frame = obs
         next_frame = next_obs
         if self.stack > 1:
@@ -673,7 +677,11 @@ class Replay:
             slots[ends] = rng.integers(self.oldest(), self.next, size=ends.sum())
 
     def observations(self, slots: np.ndarray) -> np.ndarray:
-        """As the environment returned them: what a stack holds from before its episode is black."""
+        """The observations (n, *obs_shape) that end at these slots, as the environment gave them.
+
+        In a stack of frames those from before the episode are black.
+        """
+        # (n, stack): slots of its frames.
         stacks = slots[:, None] + np.arange(1 - self.stack, 1)
         frames = self.ring["frame"][stacks % self.length]
         episode_starts = self.ring["episode_start"][stacks[:, -1:] % self.length]
@@ -681,6 +689,7 @@ class Replay:
         return frames.reshape(-1, *self.obs_shape)
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: str) -> Batch:
+        """A batch of transitions, drawn uniformly and with replacement."""
         slots = self.draw(batch_size, rng)
         places = slots % self.length
         action = torch.as_tensor(self.ring["action"][places], device=device)
@@ -697,7 +706,7 @@ class Replay:
 def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
     """Flat observations as they are; of Atari, pixels 0..255 as floats 0..1.
 
-    The memory layout is that which convolutions like best.
+    The memory layout is the one in which convolutions are fastest.
     """
     obs = torch.as_tensor(obs, device=device)
     if obs.dtype != torch.uint8:
@@ -709,16 +718,18 @@ def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
 class Digits(gym.Env):
     """Name 100 handwritten digits whose labels are drawn anew in every episode.
 
-    To draw random labels anew is from Lyle et al. 2023, appendix A.1; the chain to the next label
+    Drawing random labels anew is from Lyle et al. 2023, appendix A.1; the chain to the next label
     is ours. Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label,
     which leads to an image of the next label (modulo 10); 0 otherwise, which leads to any image.
     One episode is one task of 1,500 steps, so its return shows how well the network could still
-    learn. Chance is 150.
+    learn. Random actions get about 150.
     """
 
     def __init__(self):
-        from sklearn.datasets import load_digits  # takes a second, which no other task should pay
+        # Takes a second, which no other task should pay.
+        from sklearn.datasets import load_digits
 
+        # Always the same 100 of the 1,797 images, whose pixels are 0..16.
         chosen = np.random.default_rng(123).permutation(1797)[:100]
         self.images = (load_digits().data[chosen] / 16).astype(np.float32)
         self.observation_space = gym.spaces.Box(0, 1, (64,), np.float32)
@@ -772,7 +783,8 @@ def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
     game's own.
     """
     if is_atari(env_id):
-        rom = gym.registry[f"ALE/{env_id}-v5"].kwargs["game"]  # "ms_pacman" for "MsPacman"
+        # "ms_pacman" for "MsPacman".
+        rom = gym.registry[f"ALE/{env_id}-v5"].kwargs["game"]
         threads = min(num_envs, os.cpu_count())
         return AtariVectorEnv(rom, num_envs, reward_clipping=False, num_threads=threads)
     namespace, name, version = parse_env_id(env_id)
@@ -785,18 +797,19 @@ def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
     return envs
 
 
-# Random streams: (seed, step) trains from that step on, (seed, step, 1) evaluates, and
-# (seed, step, 2) measures.
+# Every random stream has a name: (seed, step) for training from that step on, (seed, step, 1) for
+# an evaluation, (seed, step, 2) for a measurement. So none of them disturbs another.
 def seeds(args: Args, step: int) -> list[int]:
-    """Two numbers decided by (seed, step): for a network, and for an environment."""
+    """Two numbers that depend only on (seed, step): for a network, and for an environment."""
     numbers = np.random.SeedSequence((args.seed, step)).generate_state(2)
-    return [int(number >> 1) for number in numbers]  # below 2^31, as emulators need them
+    # Below 2^31, as emulators need them.
+    return [int(number >> 1) for number in numbers]
 
 
 def fresh_start(
     args: Args, step: int, **options
 ) -> tuple[gym.vector.VectorEnv, np.ndarray, np.random.Generator]:
-    """A new environment, its first observation, and a random stream, decided by (seed, step)."""
+    """A new environment, its first observation, and a random stream, from (seed, step) alone."""
     envs = make_env(args.env, **options)
     obs, _ = envs.reset(seed=seeds(args, step)[1])
     return envs, obs, np.random.default_rng((args.seed, step))
@@ -804,15 +817,13 @@ def fresh_start(
 
 # ---- evaluation and measurements
 EVALUATION_EPSILON = 0.02
-LONGEST_EPISODE = 27_000  # steps of an evaluation's episode, as on Atari; others may never end
+# Steps after which an evaluation cuts its episodes, 30 minutes of Atari; others may never end.
+LONGEST_EPISODE = 27_000
 
 
 def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
-    """Mean return, rewards unclipped, of one episode in each of `eval_episodes` environments.
-
-    Actions are random with probability 0.02.
-    """
-    if args.env == "Digits":  # its training return is the score
+    """Mean return, rewards unclipped, of one episode in each of `eval_episodes` environments."""
+    if args.env == "Digits":
         return None
     envs = make_env(args.env, args.eval_episodes)
     rng = np.random.default_rng((args.seed, step, 1))
@@ -823,7 +834,8 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
         actions = epsilon_greedy(q, obs, EVALUATION_EPSILON, rng)
         obs, rewards, terminated, truncated, _ = envs.step(actions)
         returns += rewards * running
-        running &= ~(terminated | truncated)  # environments whose episode is over play on unheeded
+        # Finished environments play on, but do not count.
+        running &= ~(terminated | truncated)
         if not running.any():
             break
     return float(returns.mean())
@@ -837,14 +849,14 @@ def save_episode(path: Path, q: nn.Module, args: Args) -> None:
 
 
 def episode(q: nn.Module, args: Args) -> Iterator[np.ndarray]:
-    """The pictures of an episode like those of `evaluate`.
+    """The frames of an episode that is played as in `evaluate`.
 
-    They are what the network sees of Atari, and what another task renders.
+    On Atari they are what the network sees, else what the environment renders.
     """
     envs, obs, rng = fresh_start(args, args.total_steps, render_mode="rgb_array")
     for _ in range(LONGEST_EPISODE):
         if is_atari(args.env):
-            yield obs[0, -1].repeat(3, 0).repeat(3, 1)
+            yield obs[0, -1].repeat(3, 0).repeat(3, 1)  # three times the size
         else:
             yield envs.render()[0]
         actions = epsilon_greedy(q, obs, EVALUATION_EPSILON, rng)
@@ -856,12 +868,13 @@ def episode(q: nn.Module, args: Args) -> Iterator[np.ndarray]:
 def measurements(
     args: Args, step: int, network: nn.Sequential, replay: Replay
 ) -> dict[str, float | None]:
-    """The metrics of the network that is trained, on 512 observations of the replay.
+    """The metrics of the network that is trained, for 512 observations of the replay.
 
     They are drawn by a random stream of their own, so that measuring changes nothing.
     """
     rng = np.random.default_rng((args.seed, step, 2))
     obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
+    # None, unless it is measured at this step.
     probe = dict.fromkeys(metrics.PROBED)
     if step % args.plasticity_every == 0:
         probe = metrics.measure_plasticity(
@@ -877,7 +890,7 @@ def measurements(
 
 
 # ---- checks of the settings
-# Where a number must lie; all others in 0..inf.
+# The range of each number; those that are not listed may be 0 or more.
 BOUNDS = {
     "total_steps": (1, np.inf),
     "eval_every": (1, np.inf),
@@ -943,7 +956,7 @@ def check_bf16(device: str) -> None:
 
 
 def check_env(env_id: str) -> gym.spaces.Box:
-    """The space of its observations."""
+    """The space of its observations. Raises UserError unless the agent can play here."""
     game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id)
     if is_atari(game) and game != env_id:
         raise UserError(f"--env {env_id}: use {game}, the game with the settings of the README")
@@ -984,10 +997,11 @@ def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
 
 
 def main() -> int:
-    # The defaults that --help shows are those of the task.
+    # --help shows the defaults of the task, so that its name has to be found first.
     tasks = ["MsPacman", *re.findall(r"--env[= ](\S+)", " ".join(sys.argv))]
     defaults = Args(env=tasks[-1])
-    defaults.injections = None  # so that --injections 0 with --injection-steps is a contradiction
+    # So that --injections 0 with --injection-steps is a contradiction.
+    defaults.injections = None
     return metrics.command(train, defaults)
 
 

@@ -5,23 +5,25 @@ Learning with Plasticity Injection and Plasticity Metric Regularization. The REA
 papers that are cited here.
 
 A point has to cross four rooms (PointmassHard). An explorer that does not know the task collects
-data; IQL learns from them alone, and then continues in the environment (paper section 5). The
-optimal return is -33, random actions get -100. IQL (Kostrikov et al. 2022) never asks for the value
-of an action that the data do not hold. One update, on one batch, is
+data; IQL learns from them alone (offline), then continues in the environment (online; paper section
+5). The optimal return is -33, random actions get -100. IQL (Kostrikov et al. 2022) never asks for
+the value of an action that is not in the data. Beside Q(s, a) it trains V(s), which estimates a
+high expectile of Q over the data's actions, and an actor pi(a | s), which imitates the data's
+actions, the better ones more. One update, on one batch, is
 
     u       = Q_target(s, a) - V(s)
-    loss_V  = mean |expectile - 1(u < 0)| u^2                             their eq. 5
-    loss_Q  = mean (r + gamma * (1 - terminated) * V(s') - Q(s, a))^2     their eq. 6
+    loss_V  = mean |expectile - 1(u < 0)| u^2                             IQL eq. 5
+    loss_Q  = mean (r + gamma * (1 - terminated) * V(s') - Q(s, a))^2     IQL eq. 6
               + lambda(step) * ||phi||^2                                  paper 3.2
-    loss_pi = -mean min(exp(beta * u), 100) * log pi(a | s)               their eq. 7
+    loss_pi = -mean min(exp(beta * u), 100) * log pi(a | s)               IQL eq. 7
     Q_target <- (1 - polyak) * Q_target + polyak * Q
 
-where phi are the parameters of Q that are trained. (Theirs takes the smaller of two target values,
-and updates V before the others.) A plasticity injection (paper 3.1) freezes Q and lets a fresh
-network learn what is missing, without changing a single value at that moment: Q <- Q + (f1 - f2)
-with f1 = f2 fresh, of which only f1 is trained. Nikishin et al. (2023), who invented it, inject the
-head of a network on a shared encoder; the paper freezes all of Q. V and the actor are neither
-injected nor measured.
+where 1(u < 0) is 1 if u < 0 and otherwise 0, and phi are the parameters of Q that are trained.
+(Kostrikov et al. take the smaller of two target values, and update V before the others.) A
+plasticity injection (paper 3.1) freezes Q and lets a fresh network learn what is missing, without
+changing a single value at that moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 is
+trained. Nikishin et al. (2023), who invented it, inject the head of a network on a shared encoder;
+the paper freezes all of Q. V and the actor are neither injected nor measured.
 
     python iql_pointmass_finetune.py
     python iql_pointmass_finetune.py --injections 1
@@ -34,7 +36,6 @@ unfinished run exactly.
 import collections
 import copy
 import io
-import itertools
 import math
 import sys
 import zlib
@@ -53,7 +54,8 @@ from tqdm import tqdm
 import metrics
 from metrics import UserError, run_folder
 
-VERSION = 3  # raised whenever the networks or what is saved of them change
+# Raised when the networks or the checkpoint change, so that older runs are refused.
+VERSION = 3
 
 
 # ---- settings
@@ -66,50 +68,50 @@ class Args:
 
     # The maze.
     env: Literal["PointmassEasy", "PointmassMedium", "PointmassHard"] = "PointmassHard"
-    # It decides everything: the same seed, machine and thread count give the same log.
+    # Seed of all random numbers: the same seed, machine and thread count give the same log.
     seed: int = 1
-    # By default a CUDA GPU if there is one.
+    # Where the networks are computed. By default on a CUDA GPU if there is one.
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    # An .npz file of transitions. By default those that an explorer collects for the seed.
+    # File of transitions (.npz). By default those that an explorer collects with this seed.
     dataset: str | None = None
     # Transitions that the explorer collects.
     collect_steps: int = 10_000
     # Updates on the collected data alone.
     offline_steps: int = 100_000
-    # Steps of the environment after these, with an update after each.
+    # Steps of the environment after the offline updates, with an update after each.
     online_steps: int = 100_000
     # Steps between evaluations, each with a checkpoint.
     eval_every: int = 5_000
-    # Whole episodes of an evaluation; fewer are noise, for a return is about -35 or -100.
+    # Episodes per evaluation. With fewer the mean is noisy, for a return is near -35 or -100.
     eval_episodes: int = 50
     # Steps between measurements of plasticity.
     plasticity_every: int = 2_000
-    # Updates of a measurement of plasticity, a multiple of ten.
+    # Updates of the network's copy in a measurement of plasticity, a multiple of ten.
     plasticity_updates: int = 120
 
-    # Step size of Adam, for all three networks.
+    # Learning rate of Adam, for Q, V and actor.
     learning_rate: float = 3e-4
     # Discount per step.
     gamma: float = 0.95
     # Transitions in an update.
     batch_size: int = 128
-    # Of Q over the data's actions, which V learns: 0.5 is their mean, 1 their maximum.
+    # Expectile of Q over the data's actions that V learns: 0.5 is their mean, 1 their maximum.
     expectile: float = 0.99
-    # Inverse temperature of the actor: 0 imitates the data, more seeks value.
+    # How strongly the actor prefers actions of high advantage: 0 imitates all data alike.
     beta: float = 10.0
-    # Share of Q that enters the target network at every step.
+    # Polyak averaging: the share of Q's weights that enters the target network at every step.
     polyak: float = 0.005
 
-    # How many plasticity injections; with a trigger, at most. By default one at each step given.
+    # Number of plasticity injections, at most with a trigger. By default one at each step given.
     injections: int | None = None
-    # At which steps to inject. By default evenly over the online phase.
+    # Steps at which to inject. By default evenly over the online phase.
     injection_steps: tuple[int, ...] = ()
-    # Inject when the moving average of this metric crosses the threshold.
+    # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # The trigger fires above it for weight_magnitude and dormant_units, below it for the others.
+    # The trigger's threshold, upwards for weight_magnitude and dormant_units, else downwards.
     injection_threshold: float | None = None
 
-    # Schedule of lambda, which multiplies the squared norm of the parameters in the loss.
+    # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
     l2: Literal["none", "constant", "incremental", "periodic"] = "none"
     # Lambda of constant and periodic L2.
     l2_lambda: float = 1e-4
@@ -145,25 +147,28 @@ class Args:
 
 # ---- network
 def mlp(*widths: int, layer_norm: str = "none", leaky_relu: bool = False) -> nn.Sequential:
-    """Linear layers of these widths, the inputs' first, with tanh between them.
+    """Linear layers with tanh between them (ReLU does worse here).
 
-    (ReLU does worse here.)
+    `widths` are the numbers of inputs, of units of each hidden layer, and of outputs.
     """
     layers = []
-    for inputs, outputs in itertools.pairwise(widths[:-1]):
-        layers.append(nn.Linear(inputs, outputs))
+    *hidden_widths, outputs = widths[1:]
+    inputs = widths[0]
+    for width in hidden_widths:
+        layers.append(nn.Linear(inputs, width))
         if layer_norm == "before":
-            layers.append(nn.LayerNorm(outputs))
+            layers.append(nn.LayerNorm(width))
         layers.append(nn.LeakyReLU(0.01) if leaky_relu else nn.Tanh())
         if layer_norm == "after":
-            layers.append(nn.LayerNorm(outputs))
-    return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
+            layers.append(nn.LayerNorm(width))
+        inputs = width
+    return nn.Sequential(*layers, nn.Linear(inputs, outputs))
 
 
 def fresh_network(args: Args, step: int) -> nn.Sequential:
-    """A newly initialised Q, decided by (seed, step) alone.
+    """A newly initialised Q, which depends only on (seed, step).
 
-    It maps observations (batch, 2) to Q-values (batch, 5).
+    It maps observations (batch, 2) to a Q-value for each of the five MOVES (batch, 5).
     """
     torch.manual_seed(seeds(args, step)[0])
     q = mlp(2, 64, 64, len(MOVES), layer_norm=args.layer_norm, leaky_relu=args.leaky_relu)
@@ -172,19 +177,16 @@ def fresh_network(args: Args, step: int) -> nn.Sequential:
 
 # ---- injection
 class Injected(nn.Module):
-    """Q = h + (f1 - f2): h is frozen, f1 and f2 are fresh and identical, only f1 is trained.
-
-    (Paper 3.1, after Nikishin et al. 2023.) Added in this order, Q is h to the last bit until f1 is
-    trained. h may itself be an injected network.
-    """
+    """Q = h + (f1 - f2) of paper 3.1: h frozen, f1 and f2 fresh and identical, only f1 trained."""
 
     def __init__(self, h: nn.Module, fresh: nn.Module):
         super().__init__()
-        self.h = h.requires_grad_(False)
+        self.h = h.requires_grad_(False)  # itself an injected network after a second injection
         self.f1 = fresh
         self.f2 = copy.deepcopy(fresh).requires_grad_(False)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
+        # In this order Q equals h to the last bit until f1 is trained.
         return self.h(obs) + (self.f1(obs) - self.f2(obs))
 
 
@@ -194,17 +196,16 @@ def trainable(q: nn.Module) -> nn.Sequential:
 
 
 def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[Injected, Injected]:
-    """Inject the same fresh network into Q and its target network.
-
-    The target network keeps its own lagging h, so that its values do not jump either.
-    """
+    """Inject the same fresh network into Q and its target network."""
+    # The target keeps its own, lagging h, so that its values do not jump either. Its f1 is a copy,
+    # which will lag behind Q's.
     injected_target = Injected(target_network, copy.deepcopy(fresh))
     return Injected(q, fresh), injected_target.requires_grad_(False)
 
 
 # ---- L2 regularisation
 def l2_coefficient(args: Args, step: int) -> float:
-    """lambda(k) of paper 3.2 at step k, which counts from 1."""
+    """lambda(step) of paper 3.2, the factor of the squared norm. Steps count from 1."""
     if args.l2 == "constant":
         return args.l2_lambda
     if args.l2 == "incremental":
@@ -217,14 +218,14 @@ def l2_coefficient(args: Args, step: int) -> float:
 
 
 def squared_norm(network: nn.Module) -> torch.Tensor:
-    """||phi||^2 over all parameters of the network that is trained."""
+    """||phi||^2, the sum of the squares of all parameters."""
     parameters = torch.cat([parameter.flatten() for parameter in network.parameters()])
     return parameters.square().sum()
 
 
 # ---- losses
-# What a transition holds, also in the file of --dataset: dtype and shape. Positions are divided by
-# the size of the map.
+# The fields of a transition, also in the file of --dataset: dtype, and shape of one entry.
+# Observations are positions divided by the size of the map.
 FIELDS = {
     "obs": ("float32", (2,)),
     "action": ("int64", ()),
@@ -233,7 +234,7 @@ FIELDS = {
     "terminated": ("bool", ()),
     "truncated": ("bool", ()),
 }
-Batch = collections.namedtuple("Batch", FIELDS)  # tensors (batch, width), of numbers (batch, 1)
+Batch = collections.namedtuple("Batch", FIELDS)  # tensors: obs (batch, 2), action (batch, 1), ...
 
 
 def expectile_loss(advantage: torch.Tensor, expectile: float) -> torch.Tensor:
@@ -245,14 +246,23 @@ def expectile_loss(advantage: torch.Tensor, expectile: float) -> torch.Tensor:
 def iql_losses(
     q, target_network, v, actor, batch: Batch, args: Args
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The losses of V, Q and actor, each with a gradient for its own network only, and Q(s, a)."""
+    """The losses of V, Q and actor, which are scalars, and Q(s, a) (batch, 1).
+
+    Each loss has a gradient for its own network only.
+    """
     with torch.no_grad():
         target_value = target_network(batch.obs).gather(1, batch.action)
         td_target = batch.reward + args.gamma * ~batch.terminated * v(batch.next_obs)
+
+    # IQL eq. 5. Only V has a gradient in the advantage; below, the actor detaches it.
     advantage = target_value - v(batch.obs)
     v_loss = expectile_loss(advantage, args.expectile)
+
+    # IQL eq. 6.
     q_value = q(batch.obs).gather(1, batch.action)
     q_loss = nn.functional.mse_loss(q_value, td_target)
+
+    # IQL eq. 7. Weights are at most 100, so that no single action dominates the batch.
     weight = (args.beta * advantage.detach()).exp().clamp(max=100)
     log_probability = actor(batch.obs).log_softmax(1).gather(1, batch.action)
     actor_loss = -(weight * log_probability).mean()
@@ -265,8 +275,11 @@ def train(args: Args) -> Path:
 
     Raises UserError for a user's mistake, and FloatingPointError when training diverges.
     """
-    check(args)
+    check(args)  # refuses mistakes before anything is written
     settings = {**asdict(args), "version": VERSION}
+    # A Run (metrics.py) is the folder of this run: settings, log and latest checkpoint. It counts
+    # the steps, from 1 or on from the checkpoint. They are cut into intervals of eval_every steps,
+    # each of which ends with an evaluation and a checkpoint.
     with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
         if run.finished:
             return run.folder
@@ -274,6 +287,8 @@ def train(args: Args) -> Path:
 
         data = offline_data(args)
         replay = Replay(data, args.online_steps)
+        # fresh_network seeds torch, so that V and the actor depend on the seed alone, too. Q has an
+        # optimiser of its own, because an injection replaces it.
         q = fresh_network(args, step=0)
         v = mlp(2, 64, 64, 1).to(args.device)
         actor = mlp(2, 128, 128, len(MOVES)).to(args.device)
@@ -281,31 +296,35 @@ def train(args: Args) -> Path:
         if run.checkpoint is None:
             target_network = copy.deepcopy(q).requires_grad_(False)
             q_optimizer = adam(args, q)
-            injected_at = []
-            smoothed_metric = None
+            injected_at = []  # the steps of the injections so far
+            smoothed_metric = None  # moving average of the metric of --injection-trigger
         else:
+            # The same as the latest checkpoint has them; V, the actor and the replay are filled in.
             loaded = load_checkpoint(run, args, q, v, actor, v_and_actor_optimizer, replay)
             q, target_network, q_optimizer, injected_at, smoothed_metric = loaded
 
         for step in run.steps():
             online = step > args.offline_steps
             if run.interval_begins(step):
-                # The environment and the random stream are new, and decided by (seed, step), so
-                # that a run that was killed here continues exactly.
+                # Environment and random stream are new, and depend only on the seed and on the
+                # steps done so far. So a run that was killed repeats the interval from the latest
+                # checkpoint, and its log is that of a run that was never killed.
                 env, obs, rng = fresh_start(args, step - 1)
                 episode_return = 0.0
                 returns = []  # of the episodes that ended since the latest row
 
             if injection_due(args, step, injected_at, smoothed_metric):
-                # Paper 3.1. The optimiser is new, too: moments of old weights mean nothing here.
+                # Paper 3.1. Adam starts anew, too: its moving averages are of the old weights.
                 q, target_network = inject(q, target_network, fresh_network(args, step))
                 q_optimizer = adam(args, trainable(q))
-                injected_at = [*injected_at, step]
-                smoothed_metric = None
+                injected_at.append(step)
+                smoothed_metric = None  # the metrics are now those of the fresh network
 
             if online:
-                # Act, and remember what followed.
-                action = sample_actions(actor, obs[None], rng)[0]
+                # Act, and remember what followed. If the episode is terminated, no reward can
+                # follow; if it is truncated, only its time is over, and the value of next_obs
+                # still counts.
+                action = sample_actions(actor, obs[None], rng)[0]  # of a batch of one observation
                 next_obs, reward, terminated, truncated, _ = env.step(action)
                 replay.add(obs, action, reward, next_obs, terminated, truncated)
                 episode_return += reward
@@ -315,7 +334,8 @@ def train(args: Args) -> Path:
                     episode_return = 0.0
                     obs, _ = env.reset()
 
-            # Each loss has a gradient for its own network only, so that one backward pass does all.
+            # One update of all three networks. Each loss has a gradient for its own network only,
+            # so that one backward pass serves all.
             batch = replay.sample(args.batch_size, rng, args.device)
             losses = iql_losses(q, target_network, v, actor, batch, args)
             v_loss, q_loss, actor_loss, q_value = losses
@@ -332,11 +352,15 @@ def train(args: Args) -> Path:
             polyak_update(q, target_network, args.polyak)
 
             if run.row_due(step) or step % args.plasticity_every == 0:
+                # The log: figures of the latest update, and the metrics of Q.
+                eval_return = None
+                if run.interval_ends(step):
+                    eval_return = evaluate(actor, args, step)
                 row = {
                     "step": step,
                     "phase": "online" if online else "offline",
                     "train_return": np.mean(returns) if returns else None,
-                    "eval_return": evaluate(actor, args, step) if run.interval_ends(step) else None,
+                    "eval_return": eval_return,
                     "q_loss": q_loss,
                     "v_loss": v_loss,
                     "actor_loss": actor_loss,
@@ -352,6 +376,7 @@ def train(args: Args) -> Path:
                     smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
             if run.interval_ends(step):
+                # This checkpoint is all that the next interval needs.
                 if step == args.total_steps:
                     save_pictures(run.folder, args, data, v, actor)
                 run.save(
@@ -371,7 +396,7 @@ def train(args: Args) -> Path:
         return run.folder
 
 
-ADAM_EPS = 1e-8
+ADAM_EPS = 1e-8  # PyTorch's default
 
 
 def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
@@ -382,43 +407,41 @@ def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
 
 @torch.no_grad()
 def polyak_update(q: nn.Module, target_network: nn.Module, polyak: float) -> None:
-    for fast, slow in zip(q.parameters(), target_network.parameters()):
-        slow.lerp_(fast, polyak)
+    """Q_target <- (1 - polyak) * Q_target + polyak * Q, parameter by parameter."""
+    for parameter, target in zip(q.parameters(), target_network.parameters()):
+        target.lerp_(parameter, polyak)
 
 
 # ---- when to inject
 def smooth(average: float | None, value: float | None) -> float | None:
-    """Exponential moving average with weight 0.8, as in the paper's figures; None is no value."""
-    if value is None:
+    """Exponential moving average with weight 0.8, as in the paper's figures."""
+    if value is None:  # it was not measured
         return average
     if average is None:
         return value
     return 0.8 * average + 0.2 * value
 
 
-def injection_due(
-    args: Args, step: int, injected_at: list[int], smoothed_metric: float | None
-) -> bool:
-    """At the steps given (paper 3.1), or when the smoothed metric crosses a threshold (paper 6.1).
-
-    A triggered injection waits for 5 % of the run after the one before it.
-    """
+def injection_due(args: Args, step: int, injected_at: list[int], average: float | None) -> bool:
+    """At the steps given (paper 3.1), or when a metric's average crosses a threshold (6.1)."""
     if args.injection_trigger is None:
         return step in args.injection_steps
-    if smoothed_metric is None or len(injected_at) == args.injections:
+    if average is None or len(injected_at) == args.injections:
         return False
+    # The network of the latest injection is trained for 5 % of the run before it is judged.
     if injected_at and step - injected_at[-1] < 0.05 * args.total_steps:
         return False
-    excess = smoothed_metric - args.injection_threshold
-    return metrics.DIRECTION_WHEN_LOST[args.injection_trigger] * excess >= 0
+    if metrics.DIRECTION_WHEN_LOST[args.injection_trigger] > 0:
+        return average >= args.injection_threshold
+    return average <= args.injection_threshold
 
 
 # ---- acting
 @torch.inference_mode()
 def sample_actions(actor: nn.Module, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """One action per observation from pi(a | s) = softmax(logits).
+    """Actions (n,) for observations (n, 2), drawn from pi(a | s) = softmax(logits).
 
-    It is the largest of logits plus Gumbel noise, which has just that distribution.
+    The index of the largest logit plus Gumbel noise has exactly this distribution.
     """
     device = next(actor.parameters()).device
     inputs = torch.as_tensor(obs, device=device)
@@ -443,9 +466,9 @@ def load_checkpoint(
     v_and_actor_optimizer: torch.optim.Adam,
     replay: "Replay",
 ) -> tuple[nn.Module, nn.Module, torch.optim.Adam, list[int], float | None]:
-    """Load what no injection replaces, and return the rest.
+    """Fill v, actor, their optimiser and the replay; return what an injection replaces.
 
-    Raises UserError if the offline data are not those of before.
+    Raises UserError if the offline data have changed since.
     """
     checkpoint = run.checkpoint
     if replay.data_checksum != checkpoint["replay"]["data_checksum"]:
@@ -490,6 +513,7 @@ class Replay:
         self.size += 1
 
     def sample(self, batch_size: int, rng: np.random.Generator, device: str = "cpu") -> Batch:
+        """A batch of transitions, drawn uniformly and with replacement."""
         rows = rng.integers(self.size, size=batch_size)
         columns = {}
         for name, array in self.arrays.items():
@@ -510,7 +534,7 @@ class Replay:
             array[self.offline_size : self.size] = state[name].numpy()
 
 
-# The explorer's settings. The reward that it seeks does not end at the goal.
+# The settings of the explorer.
 EXPLORER_EPSILON = 0.3  # the probability of a random action
 EXPLORER_LEARNING_RATE = 1e-3
 EXPLORER_BATCH_SIZE = 128
@@ -519,11 +543,10 @@ EXPLORER_TARGET_FREQUENCY = 300  # steps between copies into the target network
 
 
 def collect(args: Args) -> dict[str, np.ndarray]:
-    """Transitions of an explorer that seeks what it cannot predict yet.
+    """Transitions of an explorer that seeks what it cannot predict yet (Burda et al. 2019).
 
-    It knows nothing of the task's reward. It is double DQN, whose reward is the error of one
-    network in predicting the outputs of another, random one at s' (random network distillation,
-    Burda et al. 2019).
+    It is double DQN without the task's reward. Its own reward, the novelty of s', is the error of a
+    predictor that learns the outputs of a fixed, random network at s'.
     """
     env, obs, rng = fresh_start(args, 0, 1)
     torch.manual_seed(seeds(args, 0, 1)[0])
@@ -559,6 +582,7 @@ def collect(args: Args) -> dict[str, np.ndarray]:
             novelty = error / mean_square.sqrt()
             next_action = q(batch.next_obs).argmax(1, keepdim=True)
             next_value = target_network(batch.next_obs).gather(1, next_action)
+            # There is novelty beyond the goal, so that the target ignores terminated.
             td_target = novelty + EXPLORER_GAMMA * next_value
         q_value = q(batch.obs).gather(1, batch.action)
         q_loss = nn.functional.mse_loss(q_value, td_target)
@@ -611,7 +635,7 @@ def save_arrays(path: Path, arrays: dict[str, np.ndarray]) -> None:
 
 
 def offline_data(args: Args) -> dict[str, np.ndarray]:
-    """The data set of --dataset, or the one collected for this task and seed, now if need be."""
+    """The data of --dataset, or those of this maze and seed, which are collected if missing."""
     path = dataset_path(args)
     if not args.dataset:
         # Several runs of this seed may start at once, and one of them collects the data for all.
@@ -657,8 +681,9 @@ RANGES = {"action": (0, len(MOVES) - 1), "reward": (-1e6, 1e6)}  # in a data set
 class Pointmass(gym.Env):
     """A point in a maze, moved by noisy unit steps.
 
-    The reward is -1 for a step, 0 for one that comes near the goal. Observation: the position over
-    the size of the map. Walls stop a move where it meets them.
+    Reward: -1 per step, 0 for the step that comes within `radius` of the goal, which ends the
+    episode. Observation (2,): the position divided by the size of the map, so in 0..1. Walls stop a
+    move where it meets them.
     """
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
@@ -669,8 +694,8 @@ class Pointmass(gym.Env):
         walls = cells == "1"
         self.walls = walls.repeat(scale, 0).repeat(scale, 1)
         self.size = len(self.walls)
-        # Plain lists and floats are ten times faster than NumPy on two numbers. The far edge
-        # belongs to the last cell.
+        # Plain lists and floats are ten times faster than NumPy on two numbers. A point on the far
+        # edge counts as in the last cell, hence the padding.
         self.blocked = np.pad(self.walls, (0, 1), "edge").tolist()
         self.noise = []
         self.observation_space = gym.spaces.Box(0.0, 1.0, (2,), np.float32)
@@ -699,7 +724,8 @@ class Pointmass(gym.Env):
         y = self.y
         size = self.size
         blocked = self.blocked
-        # Ten small steps do not jump over walls. The axes take turns, so the point slides along.
+        # Ten small steps do not jump over walls. The axes take turns, so that the point slides
+        # along a wall.
         for _ in range(10):
             if 0 <= x + dx <= size and not blocked[int(x + dx)][int(y)]:
                 x += dx
@@ -732,16 +758,17 @@ for name in TASKS:
     gym.register(f"{name}-v0", Pointmass, kwargs={"task": name})
 
 
-# Random streams: (seed, step) trains from that step on, (seed, step, 1) evaluates and collects the
-# data, and (seed, step, 2) measures.
+# Every random stream has a name: (seed, step) for training from that step on, (seed, step, 1) for
+# an evaluation, (seed, step, 2) for a measurement. So none of them disturbs another. The explorer
+# uses (seed, 0, 1), for there is no evaluation at step 0.
 def seeds(args: Args, *stream: int) -> list[int]:
-    """Two numbers decided by (seed, stream): for a network, and for an environment."""
+    """Two numbers that depend only on (seed, stream): for a network, and for an environment."""
     numbers = np.random.SeedSequence((args.seed, *stream)).generate_state(2)
     return [int(number) for number in numbers]
 
 
 def fresh_start(args: Args, *stream: int) -> tuple[Pointmass, np.ndarray, np.random.Generator]:
-    """A new environment, its first observation, and a random stream, decided by (seed, stream)."""
+    """A new environment, its first observation, and a random stream, from (seed, stream) alone."""
     env = Pointmass(args.env)
     obs, _ = env.reset(seed=seeds(args, *stream)[1])
     return env, obs, np.random.default_rng((args.seed, *stream))
@@ -756,7 +783,7 @@ def evaluate(actor: nn.Module, args: Args, step: int) -> float:
 def play(actor: nn.Module, args: Args, step: int, episodes: int) -> tuple[float, np.ndarray]:
     """Mean return of whole episodes, and their positions on the map.
 
-    The positions have shape (episodes, time limit + 1, 2), and are NaN when an episode is over.
+    The positions have shape (episodes, time limit + 1, 2), and are NaN after the end of an episode.
     """
     rng = np.random.default_rng((args.seed, step, 1))
     envs = []
@@ -819,14 +846,14 @@ def frames(env: Pointmass, trajectory: np.ndarray) -> Iterator[np.ndarray]:
 def measurements(
     args: Args, step: int, network: nn.Sequential, replay: Replay
 ) -> dict[str, float | None]:
-    """The metrics of the network that is trained, on 512 observations of the replay.
+    """The metrics of the network that is trained, for 512 observations of the replay.
 
     They are drawn by a random stream of their own, so that measuring changes nothing.
     """
     rng = np.random.default_rng((args.seed, step, 2))
     batch = replay.sample(512, rng, args.device)
     obs = batch.obs
-    probe = dict.fromkeys(metrics.PROBED)
+    probe = dict.fromkeys(metrics.PROBED)  # None, unless it is measured at this step
     if step % args.plasticity_every == 0:
         probe = metrics.measure_plasticity(
             network,
@@ -841,7 +868,7 @@ def measurements(
 
 
 # ---- checks of the settings
-# Where a number must lie; all others in 0..inf.
+# The range of each number; those that are not listed may be 0 or more.
 BOUNDS = {
     "collect_steps": (1, np.inf),
     "eval_every": (1, np.inf),

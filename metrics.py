@@ -46,7 +46,7 @@ DIRECTION_WHEN_LOST = {
     "plasticity": -1,
 }
 METRICS = tuple(DIRECTION_WHEN_LOST)
-# The columns that are filled where plasticity is measured.
+# Columns of the log that are filled only at steps where plasticity is measured.
 PROBED = ("plasticity", "plasticity_fresh", "feature_erank_fresh", "dormant_units_fresh")
 
 
@@ -79,9 +79,9 @@ def effective_rank(matrix: torch.Tensor) -> float:
     matrix = matrix / matrix.abs().amax()  # so that squaring neither overflows nor underflows
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    # The singular values are the roots of the eigenvalues of the smaller Gram matrix, which are far
+    # The singular values are the roots of the eigenvalues of matrix @ matrix.T, which are far
     # cheaper than the SVD of a 512 x 3136 layer. Squaring loses the values below 1e-8 of the
-    # largest, but those are noise in float32 weights.
+    # largest, but those are noise in float32.
     eigenvalues = torch.linalg.eigvalsh(matrix @ matrix.T)
     singular_values = eigenvalues.clamp(min=0).sqrt()
     p = singular_values / singular_values.sum()
@@ -128,8 +128,10 @@ def updated_units(network: nn.Module) -> float:
     return 100 * updated.double().mean().item()
 
 
-def dormant_units(activations: torch.Tensor | list[torch.Tensor], threshold=0.025) -> float:
-    """Percentage of hidden units whose mean |activation| is at most `threshold` of the layer's.
+def dormant_units(
+    activations: torch.Tensor | list[torch.Tensor], threshold: float = 0.025
+) -> float:
+    """Percentage of hidden units whose mean |activation| <= threshold * the mean of their layer.
 
     (Sokar et al. 2023.) `activations` is a tensor per hidden layer, or one, of shape (batch, units)
     or (batch, channels, height, width). Raises FloatingPointError for NaN or infinity.
@@ -138,9 +140,9 @@ def dormant_units(activations: torch.Tensor | list[torch.Tensor], threshold=0.02
         activations = [activations]
     dormant = []
     for layer in activations:
-        of_unit = layer.detach().float().abs().transpose(0, 1).flatten(1).mean(1)
-        of_unit = finite(of_unit, "an activation")
-        dormant.append(of_unit <= threshold * of_unit.mean())
+        per_unit = layer.detach().float().abs().transpose(0, 1).flatten(1)  # (units, all else)
+        activity = finite(per_unit.mean(1), "an activation")
+        dormant.append(activity <= threshold * activity.mean())
     return 100 * torch.cat(dormant).double().mean().item()
 
 
@@ -235,16 +237,16 @@ def plasticity(
 ) -> float | None:
     """How fast a copy of the network learns a change of its function: 0 (not at all) to 100.
 
-    The change is what another, freshly initialised network outputs for the observations `obs`,
-    standardised per output to mean 0 and variance 1. Adam, with a fresh state, trains the copy so
-    that its output minus the network's equals the change. The error of each batch is taken before
-    its update. The updates, a multiple of ten, are cut into ten parts of equal length, and the mean
-    error of each part is capped at 1, which is the error of a copy that has learned nothing. The
-    score is 100 (1 - mean of the ten): the area above the learning curve in percent (after Lyle et
-    al. 2022 and 2023, and Moalla et al. 2024).
+    The change is the output of another, fresh network for the observations `obs` (n, ...),
+    standardised per output to mean 0 and variance 1. A copy of the network is trained by a new
+    Adam, so that its output minus the network's own output becomes that change. The mean squared
+    error of each batch is noted before its update. The updates, a multiple of ten, are cut into ten
+    equal parts. The mean error of a part counts as 1 if it is larger, for 1 is the error of a copy
+    that has learned nothing. The score is 100 (1 - mean of the ten), the area above the learning
+    curve in percent (after Lyle et al. 2022 and 2023, and Moalla et al. 2024).
 
-    The score holds for the step size that is given. It is None if all observations are alike, for
-    then there is no change to learn.
+    The score holds for this learning rate only. It is None if all observations are alike, for then
+    there is no change to learn.
     """
     if (obs == obs[0]).all():
         return None
@@ -257,7 +259,7 @@ def plasticity(
     with torch.no_grad():
         before = learner(obs)
         change = source(obs)
-    spread = change.std(0, correction=0).clamp(min=1e-9)
+    spread = change.std(0, correction=0).clamp(min=1e-9)  # 0 where an output never varies
     change = (change - change.mean(0)) / spread
 
     optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
@@ -277,7 +279,7 @@ def plasticity(
 
 
 def measure_plasticity(network: nn.Module, obs: torch.Tensor, seed: int, **probe) -> dict:
-    """`plasticity`, and a freshly initialised twin's, the level of a network that has lost nothing.
+    """`plasticity` of the network, and of a fresh twin, which has lost none.
 
     The twin's metrics of activations are measured, too, because they depend on the observations as
     much as on the network. `probe` holds the arguments of `plasticity`.
@@ -425,7 +427,7 @@ class Run:
             self.open_log()
 
     def close(self) -> None:
-        """Give back what other runs of this process may need: lock, file and number of threads."""
+        """Release what other runs of this process may need: lock, file and number of threads."""
         if self.log_file:
             self.log_file.close()
         torch.set_num_threads(self.threads)
@@ -528,7 +530,10 @@ class Run:
             writer.writerow(numbers)
         cells = numbers.values()
         writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
-        returns = {name: value for name, value in numbers.items() if "return" in name and value}
+        returns = {}
+        for name, value in numbers.items():
+            if "return" in name and value is not None:
+                returns[name] = value
         self.bar.set_postfix(returns)
 
     def save(self, state: dict) -> None:
@@ -576,7 +581,7 @@ def command(train: Callable, defaults: object) -> int:
 
     Returns 0, or after one line 1 for a fault on the way, 2 for a mistake, 130 if stopped.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # from Slurm, it stops like Ctrl-C
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head -1` ends without a word
     resumption = "the same command continues from the last checkpoint, or starts over without one."
