@@ -649,7 +649,7 @@ def test_a_trigger_averages_with_weight_0_8_and_waits_for_5_percent_of_the_run(m
 
     def measure(network, obs):
         others = ("erank", "feature_erank", "weight_magnitude", "updated_units")
-        return dict.fromkeys(others, 1.0) | {"dormant_units": next(values)}
+        return {**dict.fromkeys(others, 1.0), "dormant_units": next(values)}
 
     monkeypatch.setattr(metrics, "measure", measure)
     trigger = {"injection_trigger": "dormant_units", "injection_threshold": 48.0, "injections": 3}
@@ -1256,6 +1256,21 @@ def test_the_injections_of_iql_are_spread_over_the_online_phase():
             settings = {"eval_every": 10, "eval_episodes": 1, "injections": count}
             run = watch_iql(start=start, until=start + 20, **settings)
             assert run.fresh_networks[1:] == [step for step in steps if step == start + 11]
+
+
+def test_a_trigger_of_iql_averages_and_waits_in_the_same_way(monkeypatch):
+    """Here a row is 5 steps, and 5 % of the run are 20."""
+    values = itertools.chain([0.0], itertools.repeat(100.0))
+
+    def measure(network, obs):
+        others = ("erank", "feature_erank", "dormant_units", "updated_units")
+        return {**dict.fromkeys(others, 1.0), "weight_magnitude": next(values)}
+
+    monkeypatch.setattr(metrics, "measure", measure)
+    length = {"offline_steps": 100, "online_steps": 300, "eval_every": 5, "eval_episodes": 1}
+    trigger = {"injection_trigger": "weight_magnitude", "injection_threshold": 48.0}
+    run = watch_iql(until=65, **length, **trigger, injections=2)
+    assert run.fresh_networks[1:] == [21, 41]  # and no third one at step 61
 
 
 def test_evaluating_and_measuring_change_nothing_in_iql(monkeypatch):
