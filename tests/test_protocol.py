@@ -632,9 +632,11 @@ def test_one_injection_takes_place_in_the_middle_of_the_run_two_at_half_and_thre
     half = LENGTHS[env] // 2
     every = 1_500 if env == "Digits" else 100
     settings = {"eval_every": every, "plasticity_every": 10**9, "train_frequency": 10**9}
-    for count, steps in {None: [], 1: [half], 2: [half, half * 3 // 2]}.items():
-        args = dqn_args(env, **settings, injections=count)
-        for step in (half, half * 3 // 2):
+    three_quarters = half * 3 // 2
+    cases = [({}, []), ({"injections": 1}, [half]), ({"injections": 2}, [half, three_quarters])]
+    for injections, steps in cases:
+        args = dqn_args(env, **settings, **injections)
+        for step in (half, three_quarters):
             start = step - every
             injected = injected_before(args, start, step + 50)
             assert injected == [at for at in steps if at == step]
@@ -891,16 +893,21 @@ def test_a_task_of_digits_is_1_500_steps_among_100_images():
     assert int(envs.single_action_space.n) == 10
     seen = {obs.tobytes()}
     rewards = []
+    labels = set()
     rng = np.random.default_rng(0)
     for step in range(1, 1_501):
-        obs, reward, terminated, truncated, _ = envs.step(rng.integers(10, size=1))
+        action = rng.integers(10, size=1)
+        obs, reward, terminated, truncated, _ = envs.step(action)
         seen.add(obs.tobytes())
         rewards.append(float(reward[0]))
+        if reward[0] == 1:
+            labels.add(int(action[0]))
         assert (terminated[0], truncated[0]) == (False, step == 1_500)
     digits = {(digit / 16).astype(np.float32).tobytes() for digit in load_digits().data}
     assert len(seen) == 100
     assert seen <= digits
     assert set(rewards) == {0.0, 1.0}
+    assert labels == set(range(10))
     assert 110 < sum(rewards) < 190  # chance is 150
 
 
@@ -1251,9 +1258,10 @@ def test_iql_acts_after_100_000_updates_once_per_update_and_for_100_000_steps():
 
 
 def test_the_injections_of_iql_are_spread_over_the_online_phase():
-    for count, steps in {None: [], 1: [100_001], 2: [100_001, 150_001]}.items():
+    cases = [({}, []), ({"injections": 1}, [100_001]), ({"injections": 2}, [100_001, 150_001])]
+    for injections, steps in cases:
         for start in (99_990, 149_990):
-            settings = {"eval_every": 10, "eval_episodes": 1, "injections": count}
+            settings = {"eval_every": 10, "eval_episodes": 1, **injections}
             run = watch_iql(start=start, until=start + 20, **settings)
             assert run.fresh_networks[1:] == [step for step in steps if step == start + 11]
 
