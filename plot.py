@@ -1,14 +1,20 @@
-"""Figures and tables from the logs of both agents, also while runs are still going on: python plot.py runs/
+"""Figures and tables from the logs of both agents, also of unfinished runs: python plot.py runs/
 
-A line is the mean (or interquartile mean: Agarwal et al. 2021) over the seeds of a variant, of each run's moving
-average (thin: unsmoothed); its band is the 95 % bootstrap interval over the seeds. Where only some have arrived, the
-line is of those and has no band. Runs whose settings differ are never averaged: the line of each says what differs.
+A line is the mean over the seeds of a variant, its band the 95 % t-interval. Where only some of
+the seeds have arrived, the line is their mean and has no band. Returns are moving averages, with
+a thin line of what is not smoothed; nothing else is smoothed.
+
+Runs whose settings differ are never averaged: each gets a line of its own, which names the
+settings that differ. Variants are compared with the standard agent seed by seed: each run with
+the standard run of the same seed and otherwise the same settings.
 """
 
 import argparse
 import io
 import json
+import math
 import os
+import signal
 import sys
 import textwrap
 import zipfile
@@ -19,281 +25,669 @@ import numpy as np
 import pandas as pd
 import scipy.stats
 import seaborn as sns
+from matplotlib.ticker import EngFormatter
 
 from metrics import DIRECTION_WHEN_LOST
 
-# What is drawn, where the logs hold it
-COLUMNS = {"score": "correct actions in a task (%)", "eval_return": "evaluation return (sum of rewards)"}
-COLUMNS |= {"train_return": "training return (sum of rewards)", "erank": "average effective rank"}
-COLUMNS |= {"feature_erank": "effective rank of the features", "weight_magnitude": "weight magnitude (mean |w|)"}
-COLUMNS |= {"updated_units": "updated units (%)", "dormant_units": "dormant units (%)", "plasticity": "plasticity (%)"}
-# The colour of all variants that begin like this, in every figure; in the order of the legends; "": all others.
+# What is drawn, where the logs hold it, and what a person calls it
+COLUMNS = {
+    "score": "Score: correct answers in a task (%)",
+    "eval_return": "Evaluation return",
+    "train_return": "Training return",
+    "erank": "Effective rank of the weights",
+    "feature_erank": "Effective rank of the features",
+    "weight_magnitude": "Mean size of a weight",
+    "updated_units": "Updated units (%)",
+    "dormant_units": "Dormant units (%)",
+    "plasticity": "Plasticity (%)",
+}
+SMOOTHED = ("eval_return", "train_return")
+RESULTS = ("score", *SMOOTHED)  # these have a figure of their differences from the standard agent's
+
+# All variants whose names begin like this have this colour, in every figure. The legends have this
+# order. A variant that begins like none of them has the last colour.
 blue, orange, green, red, purple, brown, pink, grey, yellow, sky = sns.color_palette("colorblind")
-COLOURS = {"standard": "black", "injection-1": blue, "injection-2": orange, "injection-3-plasticity": yellow}
-COLOURS |= {"injection-3": green, "l2-constant": purple, "l2-incremental": pink, "l2-periodic": brown}
-COLOURS |= {"layer-norm": red, "leaky-relu": sky, "": grey}
-LEVELS = {"MsPacman": {"human": 6951.6, "random actions": 307.3}}  # Mnih et al. 2015, Wang et al. 2016
-LEVELS |= {"LunarLander": {"solved": 200}, "PointmassHard": {"optimum": -33}}  # by definition; dynamic programming
-DIGITS_TASK = 1_500  # steps of a task of Digits, which is one episode; a correct action has reward 1
-CENTRES = {"mean": np.nanmean, "iqm": lambda runs, axis: scipy.stats.trim_mean(runs, 0.25, axis, nan_policy="omit")}
+COLOURS = {
+    "standard": "black",
+    "injection-1": blue,
+    "injection-2": orange,
+    "injection-3-plasticity": yellow,
+    "injection-3-updated_units": "olive",
+    "injection-3": green,
+    "l2-constant": purple,
+    "l2-incremental": pink,
+    "l2-periodic": brown,
+    "layer-norm-after": "maroon",
+    "layer-norm": red,
+    "leaky-relu": sky,
+    "": grey,
+}
+FONT_SCALE = 0.9
+ALL = "0.5"  # the grey of legend entries that stand for all variants
+
+# Returns that are known from elsewhere, drawn as horizontal lines
+LEVELS = {
+    "MsPacman": {"human": 6951.6, "random actions": 307.3},  # Mnih et al. 2015, Wang et al. 2016
+    "LunarLander": {"solved": 200},  # by definition
+    "PointmassHard": {"optimum": -33},  # by dynamic programming
+}
+DIGITS_TASK = (
+    1_500  # steps of a task of Digits, which is one episode; a correct action has reward 1
+)
+
+# Settings that begin like this belong to a remedy. Only they may differ between a run and the
+# standard run that it is compared with.
+REMEDIES = ("variant", "injection", "l2", "layer_norm", "leaky_relu")
+
+
+# ---- reading
 
 
 def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
-    """Log and settings of a run. Raises an error that says why for a folder that is none."""
-    if folder.name.count("__") != 2:
+    """Returns the log and the settings of a run. Raises an error if the folder is no run."""
+    # A link may have any name: what counts is the name of the folder it leads to.
+    parts = Path(os.path.realpath(folder)).name.rsplit("__", 2)  # an env's name may hold "__", too
+    if len(parts) != 3 or not parts[2].startswith("seed"):
         raise ValueError("its name is not <env>__<variant>__seed<k>")
-    env, variant, _ = folder.name.split("__")
+    env, variant, _ = parts
     settings = json.loads((folder / "config.json").read_text())
+    log = read_log(folder / "log.csv")
+
     total = settings.get("total_steps") or settings["offline_steps"] + settings["online_steps"]
-    lines = (folder / "log.csv").read_text(errors="replace").splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith("\n") and line.count(",") == lines[0].count(",")]
-    log = pd.read_csv(io.StringIO("".join(whole)), dtype=dict.fromkeys(["step", "injections", *COLUMNS], float))
-    if log.empty:
-        raise ValueError("log.csv has no row yet")
-    log["final"] = (log.step > 0.9 * total) & (log.step.max() >= total)  # only of a finished run
-    log["injected"] = log.injections > log.injections.shift(fill_value=0)
-    if env == "Digits":
+    finished = log.step.max() >= total
+    if not finished:
+        step = f"{log.step.max():,.0f}"
+        print(f"{folder}: unfinished at step {step}, not in the table", file=sys.stderr)
+
+    log["final"] = finished & (log.step > 0.9 * total)  # the last 10 % of a finished run
+    log["injected"] = False
+    if "injections" in log:
+        log["injected"] = log.injections > log.injections.shift(fill_value=0)
+    log["triggered"] = settings.get("injection_trigger") is not None
+    if env == "Digits" and "train_return" in log:
         log["score"] = 100 * log.pop("train_return") / DIGITS_TASK
+
+    settings["device"] = ""  # the same run on another device is not another variant
+    settings["env"] = env
+    settings["variant"] = variant
+    settings = {key: str(value) for key, value in settings.items()}
+    shared = {key: value for key, value in settings.items() if not key.startswith(REMEDIES)}
+    # The run is compared with the standard run of the same pair.
+    pair = json.dumps(shared, sort_keys=True)
+    return log.assign(run=str(folder), env=env, variant=variant, pair=pair), settings
+
+
+def read_log(path: Path) -> pd.DataFrame:
+    """Returns the rows of a log without those that are damaged or not yet written to their end."""
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    if not lines:
+        raise ValueError("log.csv is empty")
+    commas = lines[0].count(",")
+    whole = [line for line in lines if line.endswith("\n") and line.count(",") == commas]
+    numbers = ["step", "injections", *COLUMNS]
+    log = pd.read_csv(io.StringIO("".join(whole)), dtype=dict.fromkeys(numbers, float))
+    if "step" not in log or log.step.isna().all():
+        raise ValueError("log.csv has no row yet")
     if len(whole) < len(lines):
-        print(f"{folder}/log.csv: left out {len(lines) - len(whole)} damaged or half-written line(s)", file=sys.stderr)
-    if not log.final.any():
-        print(f"{folder}: unfinished at step {log.step.max():,.0f}, not in the table", file=sys.stderr)
-    settings |= {"device": "", "env": env, "variant": variant}  # the same run on another device is no other variant
-    return log.assign(run=str(folder), env=env), {key: str(value) for key, value in settings.items()}
+        left_out = len(lines) - len(whole)
+        print(f"{path}: left out {left_out} damaged or half-written line(s)", file=sys.stderr)
+    return log.dropna(subset="step")
 
 
-def read_runs(folders: list[Path]) -> pd.DataFrame:
-    """The logs of all runs in and below the folders; `label` names the line that shows a run, in legend order."""
-    logs, settings, left_out = {}, {}, []
-    for folder in sorted({path for root in folders for path in (root, *root.glob("**/"))}):
+def folders_below(roots: list[Path]) -> list[Path]:
+    """Returns all folders at and below the roots, each once. Links are followed, loops ended."""
+    found = {}
+    waiting = list(roots)
+    while waiting:
+        folder = waiting.pop(0)
+        place = os.path.realpath(folder)
+        if place in found:
+            continue
+        found[place] = folder
+        if not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
+            continue
+        for path in sorted(folder.iterdir()):
+            # A link that leads nowhere is not a folder, but the reader wants to know of it.
+            if path.is_dir() or not path.exists():
+                waiting.append(path)
+    return sorted(found.values())
+
+
+def read_runs(roots: list[Path]) -> pd.DataFrame:
+    """Returns the logs of all runs below the roots; `label` names the line that shows a run."""
+    logs = {}
+    settings = {}
+    left_out = []
+    for folder in folders_below(roots):
         try:
-            if not (folder / "log.csv").exists() and any(path.is_dir() for path in folder.iterdir()):
+            is_run = (folder / "log.csv").exists()
+            if not is_run and any(path.is_dir() for path in folder.iterdir()):
                 continue  # a folder of runs
             log, config = read_run(folder)
             if config in settings.values():
                 raise ValueError("another folder holds the same run")
-            logs[folder], settings[folder] = log, config
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:  # what damaged files lead to
+            logs[folder] = log
+            settings[folder] = config
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            # These are the errors that damaged files lead to.
             left_out.append(f"left out {folder}: {error}")
     if not logs:
-        raise ValueError("; ".join([f"no run in {', '.join(map(str, folders))}", *left_out]))
-    sys.stderr.writelines(f"{reason}\n" for reason in left_out)
+        searched = ", ".join(map(str, roots))
+        raise ValueError("; ".join([f"no run in {searched}", *left_out]))
+    for reason in left_out:
+        print(reason, file=sys.stderr)
+
+    # The label of a run is its variant, and the settings in which runs of that variant differ.
     for (_, variant), runs in pd.DataFrame(settings).T.groupby(["env", "variant"]):
-        differing = [key for key in runs if key != "seed" and runs[key].nunique(dropna=False) > 1]
-        for run, values in runs[differing].iterrows():
-            logs[run]["label"] = ", ".join([variant, *(f"{key}={value}" for key, value in values.items())])
+        counts = runs.drop(columns="seed").nunique(dropna=False)
+        differing = list(counts.index[counts > 1])
+        for folder, values in runs[differing].iterrows():
+            named = [f"{key}={value}" for key, value in values.items()]
+            logs[folder]["label"] = ", ".join([variant, *named])
     log = pd.concat(logs.values(), ignore_index=True)
-    return log.assign(label=pd.Categorical(log.label, list(line_styles(log.label.unique()))))
+    in_order = list(line_styles(log.label.unique()))
+    return log.assign(label=pd.Categorical(log.label, in_order))
 
 
 def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
-    """What the picture of the maze needs, of one run of each variant."""
+    """Returns what the picture of the maze needs, from one run of each variant."""
     pictures = {}
     for label, run in log.groupby("label").run.unique().explode().items():
+        path = Path(run, "picture.npz")
+        if not path.exists():  # another task, or a run that is not finished
+            continue
         try:
-            if Path(run, "picture.npz").exists():  # not for other tasks, nor while the run goes on
-                pictures[label] = dict(np.load(Path(run, "picture.npz")))
+            pictures[label] = dict(np.load(path))
         except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-            print(f"left out {run}/picture.npz: {error}", file=sys.stderr)
+            print(f"left out {path}: {error}", file=sys.stderr)
     return pictures
 
 
+# ---- from runs to lines
+
+
 def line_styles(labels: list[str]) -> dict[str, dict]:
-    """A style per label, in the order of the legends; combinations and other settings are darker and dashed."""
+    """Returns a style for each label, in the order of the legends. Combinations and other settings
+    of a variant have darker shades of its colour, and dashes."""
     styles = {}
     for start, colour in COLOURS.items():
-        for k, label in enumerate(sorted(i for i in labels if i.startswith(start) and i not in styles)):
-            shade = sns.dark_palette(colour, 4, reverse=True)[k % 3]
-            styles[label] = {"color": shade, "linestyle": ("-", "--", "-.", ":")[k % 4]}
+        shades = sns.dark_palette(colour, 4, reverse=True)
+        layer = 2.5 if start == "standard" else 2  # the standard agent lies on top of the others
+        alike = [label for label in labels if label.startswith(start) and label not in styles]
+        for k, label in enumerate(sorted(alike)):
+            dashes = ("-", "--", "-.", ":")[k % 4]
+            styles[label] = {"color": shades[k % 3], "linestyle": dashes, "zorder": layer}
     return styles
 
 
 def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
-    """A column per run and a row for every step where one of them was measured."""
+    """Returns a column per run and a row for every step where one of them was measured."""
     runs = log.pivot_table(index="step", columns="run", values=column)
-    runs = runs.apply(lambda run: run.dropna().ewm(alpha=1 - smooth).mean())
-    # Runs may be measured at different steps: a run is straight between two of its values, and absent outside of them.
+    for run in runs:
+        runs[run] = runs[run].dropna().ewm(alpha=1 - smooth).mean()
+    # Runs may be measured at different steps. A run is straight between two of its values, and
+    # absent before its first and after its last.
     return runs.interpolate("index", limit_area="inside")
 
 
-def summarise(runs: pd.DataFrame, estimator: str) -> pd.DataFrame:
-    """For each row of `runs`, a column per run: the centre, and its 95 % bootstrap interval where no run lacks one."""
-    centre, complete = CENTRES[estimator], runs.dropna()
-    line = pd.DataFrame({"centre": centre(runs.to_numpy(), axis=1), "low": np.nan, "high": np.nan}, runs.index)
-    if len(complete) and runs.shape[1] > 1:
-        interval = scipy.stats.bootstrap([complete], centre, axis=1, n_resamples=1_000, method="percentile", rng=0)
-        line.loc[complete.index, ["low", "high"]] = np.transpose(interval.confidence_interval)
-    return line
+def minus_standard(runs: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:
+    """Returns `runs`, a column per run, less the standard run that each is compared with.
+
+    Left out are the standard runs, and those that have none to be compared with."""
+    about = log.groupby("run")[["variant", "pair"]].first().loc[runs.columns]
+    standard = {}
+    for run, variant, pair in about.itertuples():
+        if variant == "standard":
+            standard[pair] = runs[run]
+    differences = {}
+    for run, variant, pair in about.itertuples():
+        if variant != "standard" and pair in standard:
+            differences[run] = runs[run] - standard[pair]
+    return pd.DataFrame(differences, index=runs.index)
 
 
-def draw(ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, estimator: str) -> None:
-    """One panel: lines with bands, injections, known levels and the offline part."""
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """Returns the mean of each row of `runs`, a column per run, and its 95 % t-interval.
+
+    There is no interval where a run lacks a value, nor for a single run."""
+    seeds = runs.shape[1]
+    mean = runs.mean(axis=1)
+    standard_error = runs.std(axis=1, skipna=False) / max(seeds, 1) ** 0.5
+    margin = scipy.stats.t.ppf(0.975, seeds - 1) * standard_error
+    return pd.DataFrame({"mean": mean, "low": mean - margin, "high": mean + margin})
+
+
+def summarise_variants(log: pd.DataFrame, runs: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Returns the summary of the runs of each variant, where they have any value."""
+    labels = log.groupby("run").label.first()[runs.columns]
+    lines = {}
+    for label in log.label.cat.categories:
+        of_label = runs.loc[:, labels == label].dropna(how="all")
+        if len(of_label):
+            lines[label] = summarise(of_label)
+    return lines
+
+
+# ---- figures
+
+
+def draw(
+    ax: plt.Axes, log: pd.DataFrame, column: str, smooth: float, difference: bool = False
+) -> None:
+    """Draws one panel: a column of the logs, or its difference from the standard agent's."""
+    if column not in SMOOTHED:
+        smooth = 0
+    runs = curves(log, column, smooth)
+    if difference:
+        runs = minus_standard(runs, log)
+        ax.axhline(0, color="black", label="standard")
+    lines = summarise_variants(log, runs)
     styles = line_styles(log.label.cat.categories)
-    smooth = 0 if column == "score" else smooth  # a score is a mean over a whole task already
-    for label, runs in log.dropna(subset=column).groupby("label"):
-        seeds, colour = runs.run.nunique(), styles[label]["color"]
-        name = f"{label} ({seeds} seeds)" if seeds > 1 else f"{label} (1 seed: no band)"
-        line = summarise(curves(runs, column, smooth), estimator)
-        ax.plot(line.centre, label=name, marker="o" if len(line) == 1 else None, **styles[label])
+    for label, line in lines.items():
+        marker = "o" if len(line) == 1 else None  # a line needs two points to be seen
+        ax.plot(line["mean"], label=label, marker=marker, **styles[label])
+    if column == "plasticity" and "plasticity_fresh" in log:
+        twins = curves(log, "plasticity_fresh", 0)
+        look = {"linestyle": "--", "linewidth": 0.7}
+        draw_thin(ax, log, twins, styles, look, "freshly initialised twin")
+    if not difference:
+        draw_levels(ax, log, column)
+        # What has been drawn so far decides the limits of the axis. The rest may leave the panel.
+        # But of a difference the band is what matters.
+        ax.set_ylim(ax.get_ylim())
+    for label, line in lines.items():
+        colour = styles[label]["color"]
         ax.fill_between(line.index, line.low, line.high, color=colour, alpha=0.2, linewidth=0)
-        if column == "plasticity":
-            twin = CENTRES[estimator](curves(runs, "plasticity_fresh", smooth).to_numpy(), axis=1)
-            ax.plot(line.index, twin, color=colour, linestyle="--", linewidth=0.7, label="freshly initialised twin")
-        if smooth:
-            raw = CENTRES[estimator](curves(runs, column, 0).to_numpy(), axis=1)
-            ax.plot(line.index, raw, color=colour, alpha=0.3, linewidth=0.7)
-    for step, labels in log[log.injected].groupby("step").label.unique().items():
-        for turn, label in enumerate(labels):  # dashes of variants that inject at the same step take turns
-            dashes = (4 * turn, (4, 4 * max(1, len(labels) - 1)))
-            ax.axvline(step, color=styles[label]["color"], linestyle=dashes, linewidth=1.2, label="injection")
-    levels = LEVELS.get(log.env.iloc[0], {}) if column.endswith("return") else {}
-    if column == "score":
-        first = log[log.label.str.startswith("standard")].groupby("run").score.first()
-        levels = {"fresh network": round(first.mean(), 1)}
-    bottom, top = ax.get_ylim()
-    for (name, level), dashes in zip(levels.items(), ("--", ":")):
-        if bottom <= level <= top or name in ("solved", "optimum"):  # the human level would flatten all curves
-            ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1.2, label=f"{name}: {level:g}")
+    if smooth and not difference:
+        look = {"alpha": 0.3, "linewidth": 0.7}
+        draw_thin(ax, log, curves(log, column, 0), styles, look, "not smoothed")
+    draw_injections(ax, log, styles)
     if "phase" in log and (log.phase == "offline").any():
         end = log.step[log.phase == "offline"].max()
         ax.axvspan(0, end, color="0.93", zorder=0, label="offline part")  # behind the bands
 
 
-def draw_figure(log: pd.DataFrame, columns: list[str], smooth: float, estimator: str) -> plt.Figure:
-    """One column, or several as small multiples with a shared x axis; the legend is to the right of the last panel."""
-    several = log.groupby("label").run.nunique().max() > 1
-    estimate = f"{estimator.replace('iqm', 'interquartile mean')} over seeds, 95 % bootstrap interval"
-    title = f"{log.env.iloc[0]}: {estimate if several else 'single runs'}"
-    x_label = "offline updates, then environment steps" if "phase" in log else "environment steps"
-    unit, letter = (1_000_000, "M") if log.step.max() >= 1_000_000 else (1_000, "k")
+def draw_thin(
+    ax: plt.Axes, log: pd.DataFrame, runs: pd.DataFrame, styles: dict, look: dict, name: str
+) -> None:
+    """Draws a thin line for each variant, and one entry of the legend for all of them."""
+    for label, line in summarise_variants(log, runs).items():
+        marker = "." if len(line) == 1 else None
+        ax.plot(line["mean"], color=styles[label]["color"], marker=marker, zorder=1.9, **look)
+    ax.plot([], [], color=ALL, label=name, **look)
+
+
+def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict) -> None:
+    """Draws a line at each step where a variant injects. Triggered injections differ from seed to
+    seed: each is a short tick at the lower edge."""
+    injections = log[log.injected & ~log.triggered]
+    for step, labels in injections.groupby("step").label.unique().items():
+        # The dashes of variants that inject at the same step take turns.
+        gap = 4 * max(1, len(labels) - 1)
+        for turn, label in enumerate(labels):
+            dashes = (4 * turn, (4, gap))
+            colour = styles[label]["color"]
+            ax.axvline(step, color=colour, linestyle=dashes, linewidth=1, zorder=1.8)
+    if len(injections):
+        ax.plot([], [], color=ALL, linestyle="--", linewidth=1, label="injection")
+
+    triggered = log[log.injected & log.triggered]
+    for row, (label, injections) in enumerate(triggered.groupby("label")):
+        edge = ax.get_xaxis_transform()  # heights are parts of the panel's
+        colour = styles[label]["color"]
+        foot = 0.01 + 0.045 * row
+        ax.vlines(injections.step, foot, foot + 0.035, color=colour, transform=edge)
+    if len(triggered):
+        ax.plot([], [], "|", color=ALL, markeredgewidth=1.5, label="injection when triggered")
+
+
+def draw_levels(ax: plt.Axes, log: pd.DataFrame, column: str) -> None:
+    """Draws the levels that the returns or scores are read against."""
+    levels = {}
+    if column in ("eval_return", "train_return"):
+        levels = LEVELS.get(log.env.iloc[0], {})
+    if column == "score":
+        standard = log[log.variant == "standard"].dropna(subset="score")
+        if len(standard):
+            first_task = standard.groupby("run").score.first()
+            levels = {"fresh network": round(first_task.mean(), 1)}
+    bottom, top = ax.get_ylim()
+    for (name, level), dashes in zip(levels.items(), ("--", ":")):
+        # The human level of MsPacman would flatten all curves that are far below it.
+        if bottom <= level <= top or name in ("solved", "optimum"):
+            text = f"{name}: {level:g}"
+            ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1, label=text)
+
+
+def name_line_ends(ax: plt.Axes, labels: list[str]) -> None:
+    """Writes the names of the lines at their right ends, none over another."""
+    lines = [line for line in ax.lines if line.get_label() in labels]
+    lines.sort(key=lambda line: line.get_ydata()[-1])
+    bottom, top = ax.get_ylim()
+    lowest = 0.0  # all heights are parts of the panel's
+    for place, line in enumerate(lines):
+        above = len(lines) - 1 - place
+        height = (line.get_ydata()[-1] - bottom) / (top - bottom)
+        height = min(max(height, lowest), 1 - 0.055 * above)
+        lowest = height + 0.055
+        look = {"color": line.get_color(), "va": "center"}
+        ax.text(1.01, height, line.get_label(), transform=ax.transAxes, **look)
+
+
+def new_figure(panels: int) -> tuple[plt.Figure, list[plt.Axes]]:
+    """Returns a figure that is legible where a page is 850 pixels wide, and its panels."""
+    across = min(panels, 3)
+    if panels == 4:
+        across = 2
+    rows = math.ceil(panels / across)
+    figure = plt.figure(figsize=(9, max(4.6, 2.4 * rows + 1.2)), layout="constrained")
+    axes = [figure.add_subplot(rows, across, place + 1) for place in range(panels)]
+    return figure, axes
+
+
+def add_legend(figure: plt.Figure) -> None:
+    """Puts one legend below all panels, without what is named at the ends of lines."""
+    entries = {}
+    for ax in figure.axes:
+        named = [text.get_text() for text in ax.texts]
+        for handle, name in zip(*ax.get_legend_handles_labels()):
+            if name not in named:
+                entries[textwrap.fill(name, 34)] = handle
+    place = {"loc": "outside lower center", "ncols": 3, "frameon": False, "markerscale": 1.5}
+    legend = figure.legend(entries.values(), entries.keys(), **place)
+    for handle in legend.legend_handles:
+        handle.set_alpha(1)
+
+
+def draw_figure(
+    log: pd.DataFrame, columns: list[str], smooth: float, difference: bool = False
+) -> plt.Figure:
+    """Draws a panel per column. Few variants are named at the ends of their lines."""
+    seeds = log.groupby("label").run.nunique()
+    over = "mean over seeds, 95 % t-interval"
+    if seeds.max() == 1:
+        over = "single runs"
+    elif difference:
+        over = "mean over shared seeds, 95 % t-interval"
+    elif seeds.nunique() == 1:
+        over = f"mean over {seeds.max()} seeds, 95 % t-interval"
+    else:
+        names = {label: f"{label} (seeds: {count})" for label, count in seeds.items()}
+        log = log.assign(label=log.label.cat.rename_categories(names))
+    title = f"{log.env.iloc[0]}: {over}"
+    if difference:
+        title = f"{log.env.iloc[0]}, difference from the standard agent: {over}"
+    if smooth and set(columns) & set(SMOOTHED):
+        title += f"; returns: moving average {smooth:g}"
+
+    x_label = "environment steps"
+    if "phase" in log:
+        x_label = "steps, first offline, then online"
     if columns == ["score"]:
-        log = log.assign(step=log.step // DIGITS_TASK)  # the score is in the first row after the end of its task
-        unit, letter, x_label = 1, "", "task (1,500 steps each)"
-    elif smooth:
-        title += f", moving average {smooth:g}"
-    rows, across = min(len(columns), 2), (len(columns) + 1) // 2
-    figure = plt.figure(figsize=(7, 4) if rows == 1 else (3.5 * across, 6.5), layout="constrained")
-    ax, entries = None, {}
-    for place, column in enumerate(columns, 1):
-        ax = figure.add_subplot(rows, across, place, sharex=ax)
-        draw(ax, log.assign(step=log.step / unit), column, smooth, estimator)
-        ax.set(xlabel=x_label, ylabel=COLUMNS[column])
-        ax.xaxis.set_major_formatter(lambda x, _: f"{x:g}{letter}" if x else "0")
-        entries |= {name: handle for handle, name in zip(*ax.get_legend_handles_labels())}
-    beside = {"loc": "upper left", "bbox_to_anchor": (1.03, 1), "bbox_transform": ax.transAxes}
-    figure.legend(entries.values(), [textwrap.fill(name, 34) for name in entries], frameon=False, **beside)
+        # The score is in the first row after the end of its task.
+        log = log.assign(step=log.step // DIGITS_TASK)
+        x_label = "task (1,500 steps each)"
+
+    figure, axes = new_figure(len(columns))
+    for ax, column in zip(axes, columns):
+        if ax is not axes[0]:
+            ax.sharex(axes[0])
+        draw(ax, log, column, smooth, difference)
+        ax.set_title(COLUMNS[column], loc="left")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
+    for ax in axes[-3:]:  # the lowest in each column
+        ax.set_xlabel(x_label)
+    labels = list(log.label.unique())
+    if len(columns) == 1 and len(labels) <= 6 and max(map(len, labels)) <= 34:
+        name_line_ends(axes[0], labels)
+    add_legend(figure)
+    figure.suptitle(textwrap.fill(title, 100), x=0.01, ha="left", fontsize="medium")
+    return figure
+
+
+def draw_correlations(log: pd.DataFrame) -> plt.Figure:
+    """Draws a panel per metric: its values and the relative plasticity of the same rows."""
+    metrics = relative_metrics(log)
+    plasticity = metrics.pop("plasticity")
+    styles = line_styles(log.label.cat.categories)
+    figure, axes = new_figure(len(metrics))
+    for ax, (metric, values) in zip(axes, metrics.items()):
+        if ax is not axes[0]:
+            ax.sharey(axes[0])
+        for label, rows in log.loc[values.index].groupby("label"):
+            x = values[rows.index]
+            y = plasticity[rows.index]
+            colour = styles[label]["color"]
+            ax.scatter(x, y, s=9, alpha=0.5, linewidth=0, color=colour, label=label)
+        ax.set(xlabel=values.name.replace(metric, COLUMNS[metric]))
+    add_legend(figure)
+    figure.supylabel("plasticity, as a share of its fresh twin's", fontsize="medium")
+    title = f"{log.env.iloc[0]}: each metric and plasticity, a point for each measurement"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return figure
 
 
 def draw_picture(pictures: dict[str, dict]) -> plt.Figure:
-    """Where the offline data has been, and the values and trajectories of one run of each variant, in the maze."""
-    figure, axes = plt.subplots(1, len(pictures) + 1, figsize=(3.2 * len(pictures) + 3.2, 2.8), layout="constrained")
-    for ax, (label, picture) in zip(axes, [("", next(iter(pictures.values()))), *pictures.items()]):
-        cells, title = np.log10(1 + picture["coverage"]), "offline data: log10(1 + visits)"
-        if label:
-            cells, title = picture["value"], f"{label}: value, {len(picture['trajectories'])} episodes"
-            ax.plot(*picture["trajectories"].T[::-1], color=red, linewidth=0.7)  # axis 0 of the maze is downwards
-        cells = np.where(picture["maze"], np.nan, cells)  # walls show as background
-        sns.heatmap(cells, ax=ax, cmap="Blues", square=True, xticklabels=False, yticklabels=False)
-        ax.plot(*picture["start"][::-1], "ow", *picture["goal"][::-1], "*w", markersize=12, markeredgecolor="black")
-        ax.set(title=textwrap.fill(title, 34), facecolor="0.4")
+    """Draws the maze: where the offline data has been, then each variant's values and episodes."""
+    figure, axes = new_figure(len(pictures) + 1)
+    data = next(iter(pictures.values()))
+    visits = np.log10(1 + data["coverage"])
+    draw_maze(axes[0], data, visits, "offline data: log10(1 + visits)")
+    for ax, (label, picture) in zip(axes[1:], pictures.items()):
+        # Axis 0 of the maze points downwards.
+        ax.plot(*picture["trajectories"].T[::-1], color=red, linewidth=0.7)
+        episodes = len(picture["trajectories"])
+        draw_maze(ax, picture, picture["value"], f"{label}: value, {episodes} episodes")
     return figure
 
 
-def table(log: pd.DataFrame, estimator: str) -> pd.DataFrame:
-    """For each variant's finished runs: means over the last 10 %, of the return also over all, with 95 % intervals."""
+def draw_maze(ax: plt.Axes, picture: dict, cells: np.ndarray, title: str) -> None:
+    """Draws a number per cell as a colour, with the start as a circle and the goal as a star."""
+    cells = np.where(picture["maze"], np.nan, cells)  # walls show as background
+    sns.heatmap(cells, ax=ax, cmap="Blues", square=True, xticklabels=False, yticklabels=False)
+    for name, marker in (("start", "o"), ("goal", "*")):
+        y, x = picture[name]
+        ax.plot(x, y, marker, color="white", markersize=12, markeredgecolor="black")
+    ax.set(title=textwrap.fill(title, 34), facecolor="0.4")
 
-    def cell(runs: pd.Series) -> str:
-        if runs.isna().all():
-            return "-"
-        centre, low, high = summarise(runs.dropna().to_frame().T, estimator).iloc[0]
-        interval = f" [{low:.4g}, {high:.4g}]" if runs.name.startswith(("eval", "score")) and low <= high else ""
-        return f"{centre:.4g}{interval}"
 
-    columns = [column for column in COLUMNS if column in log and column != "score"]
-    runs = log[log.final].groupby(["label", "run"])[columns].mean()
-    result = "score" if "score" in log else "eval_return"
-    values = log.dropna(subset=result).groupby(["label", "run"])[result]
-    runs.insert(0, f"{result}, whole run", values.mean())
-    if result == "score":
-        runs.insert(0, "score, last 8 tasks", values.apply(lambda score: score.tail(8).mean()))
-        runs.insert(0, "score, first 8 tasks", values.apply(lambda score: score.head(8).mean()))
-    seeds = runs.groupby("label").size().astype(str).rename("seeds")
-    return pd.concat([seeds, runs.groupby("label").agg(cell)], axis=1).reset_index(names="variant")
+# ---- tables
+
+
+def number(value: float, form: str = ".4g") -> str:
+    return "-" if np.isnan(value) else f"{value:{form}}"
+
+
+def cell(values: pd.Series, form: str = ".4g") -> str:
+    """The mean over the runs that have a value, and its 95 % t-interval if there are several."""
+    values = values.dropna()
+    mean, low, high = summarise(values.to_frame().T).iloc[0]
+    if len(values) < 2:
+        return number(mean, form)
+    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+
+def results(log: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row per finished run: its evaluation returns, and of Digits its scores."""
+    final = log[log.final]
+    finished = log[log.run.isin(final.run)]
+    columns = {}
+    if "score" in log:
+        tasks = finished.dropna(subset="score")
+        first = tasks.groupby("run").head(8)
+        last = tasks.groupby("run").tail(8)
+        columns["score, first 8 tasks"] = first.groupby("run").score.mean()
+        columns["score, last 8 tasks"] = last.groupby("run").score.mean()
+        columns["score, whole run"] = tasks.groupby("run").score.mean()
+    if "eval_return" in log:
+        columns["eval_return, whole run"] = finished.groupby("run").eval_return.mean()
+        columns["eval_return, last 10 %"] = final.groupby("run").eval_return.mean()
+    return pd.DataFrame(columns, index=finished.run.unique())
+
+
+def table(log: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row per variant: the results of its finished runs, their difference from the
+    standard agent's, and the means of everything else over the last 10 % of the run."""
+    of_runs = results(log)
+    differences = minus_standard(of_runs.T, log).T
+    others = [name for name in COLUMNS if name in log and name not in ("score", "eval_return")]
+    last = log[log.final].groupby("run")[others].mean()
+    labels = log[log.final].groupby("run").label.first()
+    rows = []
+    for label, runs in labels.groupby(labels):
+        row = {"variant": label, "seeds": str(len(runs))}
+        for name in of_runs:
+            row[name] = cell(of_runs.loc[runs.index, name])
+            if len(differences):
+                difference = differences[name].reindex(runs.index).dropna()
+                shared = f" ({len(difference)})" if len(difference) else ""
+                row[f"{name}, minus standard (shared seeds)"] = cell(difference, "+.4g") + shared
+        for name in others:
+            # A row of the log has the mean of the episodes since the last row, be they one or many.
+            heading = name.replace("train_return", "train_return (mean over rows)")
+            row[heading] = number(last.loc[runs.index, name].mean())
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def relative_metrics(log: pd.DataFrame) -> dict[str, pd.Series]:
+    """Returns each metric in the rows with plasticity, compared with its twin's where it has one.
+
+    Plasticity is divided by its twin's; from another metric its twin's is subtracted. In logs of
+    older versions plasticity alone has a twin's: the names say what the values are."""
+    if "plasticity" not in log or "plasticity_fresh" not in log:
+        return {}
+    rows = log[log.plasticity.notna() & (log.plasticity_fresh > 0)]
+    compared = {}
+    for metric in DIRECTION_WHEN_LOST:
+        if metric not in rows or rows[metric].isna().all():
+            continue
+        values = rows[metric]
+        twin = f"{metric}_fresh"
+        if metric == "plasticity":
+            values = (values / rows[twin]).rename("relative plasticity")
+        elif twin in rows and rows[twin].notna().any():
+            values = (values - rows[twin]).rename(f"{metric} minus its twin's")
+        compared[metric] = values
+    return compared
+
+
+def spearman(pairs: pd.DataFrame) -> float:
+    """Spearman's rank correlation of x and y. NaN if one of them is constant, and for fewer than
+    three pairs: for two it would always be 1 or -1."""
+    return pairs.corr("spearman", min_periods=3).loc["x", "y"]
 
 
 def correlations(log: pd.DataFrame) -> pd.DataFrame:
-    """Spearman's rank correlation of each metric with plasticity, in Digits also with the next task's score: over all
-    rows of all runs, and the median of those within a run. A metric that tells has the expected sign."""
-    rows, table = log.dropna(subset="plasticity"), []
-    aims = {"plasticity": rows.plasticity}
-    if "score" in rows:
-        aims["next task's score"] = rows.groupby("run").score.shift(-1)
-    for metric in (name for name in DIRECTION_WHEN_LOST if name in rows):
-        row = {"metric": metric, "expected sign": "-" if DIRECTION_WHEN_LOST[metric] > 0 else "+"}
-        for aim, values in aims.items():
-            pairs = pd.DataFrame({"x": rows[metric], "y": values}).dropna()
-            overall, within = pairs.corr("spearman").x.y, pairs.groupby(rows.run).corr("spearman").x.xs("y", level=1)
-            for name, value in ((aim, overall), (f"{aim}, within runs", within.median())):
-                row[name] = "itself" if metric == aim else "constant" if np.isnan(value) else f"{value:.2f}"
-        table.append(row)
-    return pd.DataFrame(table if len(aims) > 1 else table[:-1])
+    """Returns the rank correlation of each metric with relative plasticity, in Digits also with
+    the score of the task that follows. A metric that tracks plasticity has the expected sign.
+
+    It is that over all rows, and the median over the runs of that of the changes from a row to
+    the next: two trends in time always correlate, their changes need not."""
+    metrics = relative_metrics(log)
+    aims = {"relative plasticity": metrics["plasticity"]}
+    if "score" in log:
+        scores = log.dropna(subset="score").groupby("run").score
+        aims["next task's score"] = scores.shift(-1)
+    rows = []
+    for metric, values in metrics.items():
+        if metric == "plasticity" and len(aims) == 1:
+            continue
+        sign = "-" if DIRECTION_WHEN_LOST[metric] > 0 else "+"
+        row = {"metric": values.name, "expected sign": sign}
+        for aim, target in aims.items():
+            pairs = pd.DataFrame({"x": values, "y": target}).dropna()
+            changes = pairs.groupby(log.run).diff().dropna()
+            within = [spearman(of_run) for _, of_run in changes.groupby(log.run)]
+            median = pd.Series(within, dtype=float).median()
+            row[aim] = number(spearman(pairs), ".2f")
+            row[f"{aim}, changes within runs"] = number(median, ".2f")
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
-def draw_correlations(log: pd.DataFrame) -> plt.Figure:
-    """A panel per metric: its value and the plasticity, for each row in which both were measured."""
-    metrics = [metric for metric in DIRECTION_WHEN_LOST if metric != "plasticity" and metric in log]
-    points = log.dropna(subset="plasticity").melt(["label", "plasticity"], metrics, "metric")
-    colours = {label: style["color"] for label, style in line_styles(log.label.unique()).items()}
-    look = {"s": 9, "alpha": 0.5, "linewidth": 0, "height": 2.6, "facet_kws": {"sharex": False}}
-    hues = {"hue": points.label.astype(str).rename("variant"), "hue_order": list(colours), "palette": colours}
-    grid = sns.relplot(points, x="value", y="plasticity", col="metric", **hues, **look)
-    return grid.set_axis_labels("", COLUMNS["plasticity"]).set_titles("{col_name}").figure
+# ---- the command
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw the logs of any number of runs.", allow_abbrev=False)
-    parser.error = lambda message: parser.exit(2, f"error: {message} (see --help)\n")  # one line, without the usage
-    parser.add_argument("folders", nargs="*", type=Path, default=[Path("runs")], help="runs, or folders of runs (runs)")
-    parser.add_argument("--out", type=Path, default="figures", help="folder for the figures (figures)")
-    parser.add_argument("--smooth", type=float, default=0.8, help="weight of the moving average, 0 turns it off (0.8)")
-    parser.add_argument("--estimator", choices=CENTRES, default="mean", help="over seeds: mean or interquartile mean")
-    parser.add_argument("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (png)")
-    parser.add_argument("--table", action="store_true", help="print the table as Markdown")
+def print_table(title: str, rows: pd.DataFrame, markdown: bool) -> None:
+    if not markdown:
+        print(title, rows.to_string(index=False), "", sep="\n")
+        return
+    print(f"### {title}\n")
+    for line in [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]:
+        print(f"| {' | '.join(line)} |")
+    print()
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Draw the logs of any number of runs.", allow_abbrev=False
+    )
+    option = parser.add_argument
+    runs = [Path("runs")]
+    option("folders", nargs="*", type=Path, default=runs, help="runs, or folders of runs (runs)")
+    option("--out", type=Path, default="figures", help="folder for the figures (figures)")
+    option("--smooth", type=float, default=0.8, help="moving average of returns, 0: none (0.8)")
+    option("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (png)")
+    option("--table", action="store_true", help="print the table as Markdown")
+
+    def exit_with_one_line(message):
+        parser.exit(2, f"error: {message} (see --help)\n")
+
+    parser.error = exit_with_one_line  # argparse's own prints the usage, too
     args = parser.parse_args()
     if not 0 <= args.smooth < 1:
         parser.error(f"--smooth has to be at least 0 and below 1, not {args.smooth:g}")
     try:
-        logs = read_runs(args.folders)
+        args.logs = read_runs(args.folders)
         args.out.mkdir(parents=True, exist_ok=True)
     except (OSError, ValueError) as error:
         parser.error(error)
-    os.environ["SOURCE_DATE_EPOCH"] = "0"  # no dates in the files: the same logs give the same bytes
-    sns.set_theme(style="whitegrid", font_scale=0.85, rc={"svg.hashsalt": "plot", "lines.linewidth": 1.5})
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
+    os.environ["SOURCE_DATE_EPOCH"] = "0"  # no dates in the files: the same logs, the same bytes
+    look = {"svg.hashsalt": "plot", "lines.linewidth": 1.6}
+    sns.set_theme(style="whitegrid", font_scale=FONT_SCALE, rc=look)
     tables = {}
-    for env, log in logs.groupby("env"):
+    for env, log in args.logs.groupby("env"):
         log = log.dropna(axis="columns", how="all")
         columns = [column for column in COLUMNS if column in log]
-        figures = {column: draw_figure(log, [column], args.smooth, args.estimator) for column in columns}
-        figures["overview"] = draw_figure(log, columns, args.smooth, args.estimator)
-        if pictures := read_pictures(log):
+        if not columns:
+            print(f"{env}: nothing has been measured yet", file=sys.stderr)
+            continue
+
+        figures = {}
+        for column in columns:
+            figures[column] = draw_figure(log, [column], args.smooth)
+        figures["overview"] = draw_figure(log, columns, args.smooth)
+        compared = []
+        for column in columns:
+            if column in RESULTS and len(minus_standard(curves(log, column, 0), log).columns):
+                compared.append(column)
+        if compared:
+            figures["differences"] = draw_figure(log, compared, args.smooth, difference=True)
+        pictures = read_pictures(log)
+        if pictures:
             figures["picture"] = draw_picture(pictures)
         if log.final.any():
-            tables[env] = table(log, args.estimator)
-        if "plasticity" in log:
+            tables[env] = table(log)
+        if len(relative_metrics(log)) > 1:  # plasticity, and something to compare it with
             figures["correlations"] = draw_correlations(log)
-            tables[f"{env}: which metric tells of plasticity?"] = correlations(log)
+            tables[f"{env}: which metric tracks plasticity?"] = correlations(log)
+
         for name, figure in figures.items():
-            figure.savefig(args.out / f"{env}_{name}.{args.format}", dpi=150, bbox_inches="tight")
+            path = args.out / f"{env}_{name}.{args.format}"
+            figure.savefig(path, dpi=150, bbox_inches="tight")
         plt.close("all")
     for title, rows in tables.items():
-        if args.table:
-            lines = [list(rows), ["---"] * len(rows.columns), *rows.to_numpy()]
-            print(f"### {title}\n", *(f"| {' | '.join(line)} |" for line in lines), "", sep="\n")
-        else:
-            print(title, rows.to_string(index=False), "", sep="\n")
+        print_table(title, rows, markdown=args.table)
 
 
 if __name__ == "__main__":
+    if hasattr(signal, "SIGPIPE"):  # not on Windows
+        # End without a word when the reader of the tables, such as `head`, has seen enough.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()
