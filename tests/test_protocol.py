@@ -536,8 +536,13 @@ def test_the_film_of_a_run_shows_an_episode_like_those_of_evaluations(monkeypatc
 
 
 def test_evaluating_and_measuring_change_nothing_in_training(monkeypatch):
-    settings = {"eval_every": 100, "plasticity_every": 100, "learning_starts": 50}
-    settings |= {"exploration_fraction": 1.0, "plasticity_updates": 10}
+    settings = {
+        "eval_every": 100,
+        "plasticity_every": 100,
+        "plasticity_updates": 10,
+        "learning_starts": 50,
+        "exploration_fraction": 1.0,
+    }
     args = dqn_args("LunarLander", **settings)
     run = watch_dqn(args, until=400, learns=True)
     one_episode = dqn_args("LunarLander", **settings, eval_episodes=1)
@@ -554,8 +559,13 @@ def l2_in_steps(env, steps, **settings):
     """lambda, from the gradient of the loss in the updates of these steps."""
     every = 1_500 if env == "Digits" else 10
     start = (steps[0] - 5) // every * every
-    settings |= {"eval_every": every, "plasticity_every": 10**9}
-    settings |= {"learning_starts": steps[0] - start - 2, "train_frequency": 1}
+    settings = {
+        **settings,
+        "eval_every": every,
+        "plasticity_every": 10**9,
+        "learning_starts": steps[0] - start - 2,
+        "train_frequency": 1,
+    }
     run = watch_dqn(dqn_args(env, **settings), start=start, until=steps[-1])
     return [run.l2[step] for step in steps]
 
@@ -613,7 +623,9 @@ def test_the_replay_keeps_so_many_transitions(env):
         replay.add(obs, 0, float(number), obs, False, False)
     state = replay.state_dict()
     skipped = CAPACITIES[env] - 5  # as if they had been added, without taking the time
-    replay.load_state_dict(state | {name: state[name] + skipped for name in ("next", "added")})
+    state["next"] += skipped
+    state["added"] += skipped
+    replay.load_state_dict(state)
     oldest = []
     for _ in range(3):
         batch = replay.sample(2, AlwaysTheOldest(), "cpu")
