@@ -538,7 +538,7 @@ def test_the_film_of_a_run_shows_an_episode_like_those_of_evaluations(monkeypatc
 def test_evaluating_and_measuring_change_nothing_in_training(monkeypatch):
     settings = {
         "eval_every": 100,
-        "plasticity_every": 100,
+        "plasticity_every": 50,
         "plasticity_updates": 10,
         "learning_starts": 50,
         "exploration_fraction": 1.0,
@@ -1299,7 +1299,7 @@ def test_evaluating_and_measuring_change_nothing_in_iql(monkeypatch):
         "until": 100_040,
         "learns": True,
         "eval_every": 10,
-        "plasticity_every": 10,
+        "plasticity_every": 5,
     }
     run = watch_iql(**settings, plasticity_updates=10, eval_episodes=5)
     other = watch_iql(**settings, plasticity_updates=20, eval_episodes=2)
