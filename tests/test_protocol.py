@@ -96,6 +96,7 @@ class Watch:
 
     def __init__(self):
         self.step = 0
+        self.tasks = set()
         self.actions = {}  # by step
         self.epsilons = {}  # likewise
         self.updates = []
@@ -153,6 +154,7 @@ def watch_dqn(args, start=0, until=None, value=1.0, learns=False, reward=0.0):
         watch.actions[watch.step] = int(actions[0])
 
     def make_env(env_id, num_envs=1, **options):
+        watch.tasks.add(env_id)
         if watch.evaluating:
             watch.evaluation_episodes.append(num_envs)
             return StandInEnvs(env_id, num_envs, 3, reward, lambda actions: None)
@@ -298,6 +300,10 @@ def test_the_target_network_gets_a_copy_every_so_many_steps(env):
 def test_mspacman_is_evaluated_and_saved_every_25_000_steps():
     run = default_run("MsPacman")
     assert run.evaluations == run.saves == [25_000]
+
+
+def test_the_task_is_mspacman_unless_another_one_is_asked_for():
+    assert watch_dqn(dqn.Args(device="cpu"), until=1).tasks == {"MsPacman"}
 
 
 def test_lunar_lander_is_evaluated_and_saved_every_10_000_steps():
@@ -1061,6 +1067,7 @@ class WatchIQL(Watch):
     def __init__(self):
         super().__init__()
         self.moves = []  # before which update
+        self.mazes = set()  # their sizes
         self.shapes = set()  # of what an optimiser trains
         self.polyak_shares = []
         self.v_and_actor = None
@@ -1128,6 +1135,7 @@ def watch_iql(start=0, until=None, learns=False, **settings):
 
     def step(maze, action):
         result = real_step(maze, action)
+        watch.mazes.add(maze.walls.shape)
         if not watch.evaluating:
             watch.moves.append(watch.step + 1)
             watch.actions[watch.step + 1] = int(action)
@@ -1220,6 +1228,7 @@ def test_iql_is_evaluated_and_saved_every_5_000_steps_in_50_episodes():
     run = default_iql_run()
     assert run.evaluations == run.saves == [5_000]
     assert run.evaluation_episodes == [50]
+    assert run.mazes == {(22, 22)}  # PointmassHard
 
 
 def test_iql_is_measured_every_1_000_steps_and_its_plasticity_every_2_000():
