@@ -52,7 +52,7 @@ from metrics import UserError, run_folder
 gym.register_envs(ale_py)
 
 # Raised when the networks or the checkpoint change, so that older runs are refused.
-VERSION = 5
+VERSION = 6
 
 # ---- settings
 # fmt: off
@@ -302,10 +302,6 @@ def td_loss(q, target_network, batch: Batch, gamma: float) -> tuple[torch.Tensor
 
 
 # ---- training
-# What the log shows of the latest update until there has been one.
-NO_UPDATE = {"loss": None, "q_mean": None, "grad_norm": None}
-
-
 def train(args: Args) -> Path:
     """Train one agent and return its run's folder.
 
@@ -325,9 +321,8 @@ def train(args: Args) -> Path:
             torch.set_num_threads(1)  # one thread beats two on a small network
 
         envs = make_env(args.env)
-        is_new = run.checkpoint is None
-        replay = Replay(replay_path, envs.single_observation_space, args, is_new)
-        if is_new:
+        replay = Replay(replay_path, envs.single_observation_space, args)
+        if run.checkpoint is None:
             q = fresh_network(envs, args, step=0)
             target_network = copy.deepcopy(q).requires_grad_(False)
             optimizer = adam(q, args)
@@ -343,6 +338,7 @@ def train(args: Args) -> Path:
                 # Environment and random stream are new, and depend only on the seed and on the
                 # steps done so far. So a run that was killed repeats the interval from the latest
                 # checkpoint, and its log is that of a run that was never killed.
+                envs.close()
                 envs, obs, rng = fresh_start(args, step - 1)
                 # The log measures gradients, and a continued run has none.
                 optimizer.zero_grad()
@@ -353,7 +349,7 @@ def train(args: Args) -> Path:
                     replay.empty()
                 episode_return = 0.0
                 returns = []  # of the episodes that ended since the latest row
-                latest_update = NO_UPDATE
+                loss = q_mean = grad_norm = None  # of the latest update
 
             if injection_due(args, step, injected_at, smoothed_metric):
                 # Paper 3.1. Adam starts anew, too: its moving averages are of the old weights.
@@ -362,7 +358,7 @@ def train(args: Args) -> Path:
                 optimizer = adam(q, args)
                 injected_at.append(step)
                 smoothed_metric = None  # the metrics are now those of the fresh network
-                latest_update = NO_UPDATE
+                loss = q_mean = grad_norm = None
 
             # Act, and remember what followed. The environment is a vector of one, hence the [0].
             # Terminated: no reward can follow. Truncated: only the time is over, so that the value
@@ -385,16 +381,15 @@ def train(args: Args) -> Path:
                 batch = replay.sample(args.batch_size, rng, args.device)
                 with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
                     loss, q_mean = td_loss(q, target_network, batch, args.gamma)
-                latest_update = {"loss": loss.detach(), "q_mean": q_mean, "grad_norm": None}
+                regularised_loss = loss
                 if l2_lambda > 0:
                     # Paper 3.2. Only what is trained is regularised.
-                    loss = loss + l2_lambda * squared_norm(trainable(q))
+                    regularised_loss = loss + l2_lambda * squared_norm(trainable(q))
                 optimizer.zero_grad()
-                loss.backward()
+                regularised_loss.backward()
                 if args.max_grad_norm > 0:
                     parameters = trainable(q).parameters()
-                    norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-                    latest_update["grad_norm"] = norm  # its norm before clipping
+                    grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                 optimizer.step()
 
             # The target network lags behind, or else Q would chase values that move with it.
@@ -408,9 +403,8 @@ def train(args: Args) -> Path:
 
             if run.row_due(step) or step % args.plasticity_every == 0:
                 # The log: figures of the latest update, and the metrics of the network.
-                grad_norm = latest_update["grad_norm"]
-                if args.max_grad_norm == 0:
-                    grad_norm = metrics.gradient_norm(trainable(q))  # nothing has been clipped
+                if args.max_grad_norm == 0:  # otherwise clipping has returned the norm before it
+                    grad_norm = metrics.gradient_norm(trainable(q))
                 eval_return = None
                 if run.interval_ends(step):
                     eval_return = evaluate(q, args, step)
@@ -418,8 +412,8 @@ def train(args: Args) -> Path:
                     "step": step,
                     "train_return": np.mean(returns) if returns else None,
                     "eval_return": eval_return,
-                    "loss": latest_update["loss"],
-                    "q_mean": latest_update["q_mean"],
+                    "loss": loss,
+                    "q_mean": q_mean,
                     "grad_norm": grad_norm,
                     "epsilon": epsilon,
                     "l2_lambda": l2_lambda,
@@ -429,8 +423,7 @@ def train(args: Args) -> Path:
                 run.log(row)
                 returns = []
                 # Before the first update the network is still fresh, and nothing can be lost.
-                has_learned = latest_update["loss"] is not None
-                if has_learned and args.injection_trigger:
+                if args.injection_trigger and loss is not None:
                     smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
             if run.interval_ends(step):
@@ -563,7 +556,7 @@ class Replay:
     Slots are numbered from the start of the run: slot k lies at k modulo the length of the ring.
     """
 
-    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args, is_new: bool = True):
+    def __init__(self, path: Path, obs_space: gym.spaces.Box, args: Args):
         self.path = path
         self.obs_shape = obs_space.shape
         self.stack = obs_space.shape[0] if len(obs_space.shape) == 3 else 1
@@ -583,8 +576,7 @@ class Replay:
         self.length = args.buffer_size + slots_taken(args, args.eval_every)
         # Slots are written like any file, so that a full disk is an OSError (a memory map
         # would kill the process), but they are read through a memory map.
-        if is_new or not path.exists():
-            path.write_bytes(b"")
+        path.touch()  # what a killed run left is never read before it is written anew
         self.file = open(path, "r+b")  # noqa: SIM115 - it stays open during the run
         # Takes no disk before it is written.
         self.file.truncate(self.length * self.slot.itemsize)
@@ -619,12 +611,9 @@ class Replay:
         self.added = state["added"]
 
     def fingerprint(self) -> int:
-        """Checksum of the 100 oldest and 100 newest slots, by which a changed file is noticed."""
-        oldest = self.oldest()
-        count = min(100, self.next - oldest)
-        slots = np.arange(count)
-        chosen = np.concatenate([oldest + slots, self.next - 1 - slots])
-        return zlib.crc32(self.ring[chosen % self.length].tobytes())
+        """Checksum of 200 slots, oldest to newest, by which a changed file is noticed."""
+        slots = np.linspace(self.oldest(), self.next - 1, 200).astype(int)
+        return zlib.crc32(self.ring[slots % self.length].tobytes())
 
     def oldest(self) -> int:
         """The oldest slot that may be drawn."""
@@ -637,13 +626,14 @@ class Replay:
 
         Raises FloatingPointError for an observation or a reward that is NaN or infinite.
         """
-        if not np.isfinite(next_obs).all() or not np.isfinite(reward):
-            raise FloatingPointError("the environment returned a NaN or infinite number")
         frame = obs
         next_frame = next_obs
         if self.stack > 1:
             frame = obs[-1]
             next_frame = next_obs[-1]
+        for number in (frame, reward, next_frame):
+            if not np.isfinite(number).all():
+                raise FloatingPointError("the environment returned a NaN or infinite number")
         self.write(self.next, (frame, action, reward, terminated, False, self.episode_start))
         # This slot is overwritten by the next transition, unless the episode ends here.
         self.write(self.next + 1, (next_frame, 0, 0.0, False, True, self.episode_start))
@@ -761,15 +751,13 @@ def is_atari(env_id: str) -> bool:
 
 def short_name(env_id: str) -> str:
     """One name for a task: MsPacman for ALE/MsPacman-v5, LunarLander for its newest version."""
-    atari = re.fullmatch("ALE/(.*)-v5", env_id)
-    if atari:
-        return atari[1]
     try:
         namespace, name, version = parse_env_id(env_id)
     except gym.error.Error:  # it is refused later, with all other mistakes
         return env_id
-    newest = find_highest_version(namespace, name)
-    if is_atari(name) or version is None or version != newest:
+    if is_atari(name):
+        return name if env_id == f"ALE/{name}-v5" else env_id
+    if version is None or version != find_highest_version(namespace, name):
         return env_id
     return get_env_id(namespace, name, None)
 
@@ -838,6 +826,7 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
         running &= ~(terminated | truncated)
         if not running.any():
             break
+    envs.close()
     return float(returns.mean())
 
 
@@ -898,6 +887,7 @@ BOUNDS = {
     "plasticity_every": (1, np.inf),
     "plasticity_updates": (10, np.inf),
     "learning_rate": (1e-12, np.inf),
+    "injections": (0, 1_000),
     "gamma": (0, 1),
     "batch_size": (1, np.inf),
     "buffer_size": (2, np.inf),
@@ -957,7 +947,7 @@ def check_bf16(device: str) -> None:
 
 def check_env(env_id: str) -> gym.spaces.Box:
     """The space of its observations. Raises UserError unless the agent can play here."""
-    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?-v\d+$", "", env_id)
+    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id)
     if is_atari(game) and game != env_id:
         raise UserError(f"--env {env_id}: use {game}, the game with the settings of the README")
     try:

@@ -44,7 +44,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-import filelock
 import gymnasium as gym
 import numpy as np
 import torch
@@ -55,7 +54,7 @@ import metrics
 from metrics import UserError, run_folder
 
 # Raised when the networks or the checkpoint change, so that older runs are refused.
-VERSION = 3
+VERSION = 4
 
 
 # ---- settings
@@ -607,7 +606,8 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
             data = {name: file[name] for name in file.files}
     except Exception as error:  # a damaged file makes NumPy raise all sorts
         reason = type(error).__name__
-        raise UserError(f"{path} cannot be read as an .npz file of arrays ({reason})") from error
+        advice = "replace it, or delete it if it was collected, to collect it anew"
+        raise UserError(f"{path} cannot be read as an .npz file ({reason}): {advice}") from error
     missing = [name for name in FIELDS if name not in data]
     if missing:
         needed = ", ".join(FIELDS)
@@ -639,8 +639,7 @@ def offline_data(args: Args) -> dict[str, np.ndarray]:
     path = dataset_path(args)
     if not args.dataset:
         # Several runs of this seed may start at once, and one of them collects the data for all.
-        lock = filelock.FileLock(path.with_name(f".{path.stem}.lock"))
-        with metrics.acquire(lock, of=path, timeout=600):
+        with metrics.locked(path.with_name(f".{path.stem}.lock"), of=path, timeout=600):
             if not path.exists():
                 save_arrays(path, collect(args))
     data = read_dataset(path)
@@ -876,6 +875,7 @@ BOUNDS = {
     "plasticity_every": (1, np.inf),
     "plasticity_updates": (10, np.inf),
     "learning_rate": (1e-12, np.inf),
+    "injections": (0, 1_000),
     "gamma": (0, 1),
     "batch_size": (1, np.inf),
     "expectile": (0, 1),

@@ -20,10 +20,8 @@ import os
 import signal
 import sys
 import time
-import types
 import typing
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -76,7 +74,8 @@ def effective_rank(matrix: torch.Tensor) -> float:
     matrix = matrix.detach().flatten(1).cpu().double()
     if not matrix.any():
         return 0.0
-    matrix = matrix / matrix.abs().amax()  # so that squaring neither overflows nor underflows
+    # So that squaring neither overflows nor underflows.
+    matrix = matrix / matrix.abs().amax()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
     # The singular values are the roots of the eigenvalues of matrix @ matrix.T, which are far
@@ -85,7 +84,8 @@ def effective_rank(matrix: torch.Tensor) -> float:
     eigenvalues = torch.linalg.eigvalsh(matrix @ matrix.T)
     singular_values = eigenvalues.clamp(min=0).sqrt()
     p = singular_values / singular_values.sum()
-    return torch.special.entr(p).sum().exp().item()  # entr(p) is -p log p, and 0 at p = 0
+    # Entr(p) is -p log p, and 0 at p = 0.
+    return torch.special.entr(p).sum().exp().item()
 
 
 def mean_effective_rank(network: nn.Module) -> float:
@@ -115,17 +115,19 @@ def updated_units(network: nn.Module) -> float:
     training batch, L2 term included. Raises ValueError without gradients, FloatingPointError where
     one is NaN or infinite.
     """
-    largest = []  # a tensor per layer: the largest |gradient| of each of its units
+    if gradient_norm(network) is None:
+        raise ValueError("there is no gradient: run a backward pass first")
+    updated = []
     for layer in weighted_layers(network)[:-1]:
-        gradients = []
+        # |gradient| of each unit.
+        largest = layer.weight.new_zeros(len(layer.weight))
         for parameter in layer.parameters():
+            # A frozen or unused layer has none.
             if parameter.grad is not None:
-                gradients.append(parameter.grad.reshape(len(parameter), -1))
-        if not gradients:
-            raise ValueError("a hidden layer has no gradient: run a backward pass first")
-        largest.append(torch.cat(gradients, 1).abs().amax(1))
-    updated = finite(torch.cat(largest), "a gradient") > 0
-    return 100 * updated.double().mean().item()
+                of_unit = parameter.grad.reshape(len(parameter), -1).abs().amax(1)
+                largest = torch.maximum(largest, of_unit)
+        updated.append(finite(largest, "a gradient") > 0)
+    return 100 * torch.cat(updated).double().mean().item()
 
 
 def dormant_units(
@@ -140,7 +142,8 @@ def dormant_units(
         activations = [activations]
     dormant = []
     for layer in activations:
-        per_unit = layer.detach().float().abs().transpose(0, 1).flatten(1)  # (units, all else)
+        # (units, all else).
+        per_unit = layer.detach().float().abs().transpose(0, 1).flatten(1)
         activity = finite(per_unit.mean(1), "an activation")
         dormant.append(activity <= threshold * activity.mean())
     return 100 * torch.cat(dormant).double().mean().item()
@@ -163,31 +166,23 @@ def measure_activations(network: nn.Module, obs: torch.Tensor) -> dict[str, floa
     def keep_input(module, inputs):
         features.append(inputs[0])
 
-    hooks = []
+    # A copy, so that hooks, dropout and running means leave the network alone.
+    network = copy.deepcopy(network).eval()
     for module in network.modules():
         if isinstance(module, nn.ReLU | nn.LeakyReLU):
-            hooks.append(module.register_forward_hook(keep_output))
+            module.register_forward_hook(keep_output)
         if isinstance(module, nn.Linear):
-            hooks.append(module.register_forward_pre_hook(keep_input))
-    try:
-        network(obs)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            module.register_forward_pre_hook(keep_input)
+    network(obs)
     return {
         "feature_erank": effective_rank(features[-1]),
         "dormant_units": dormant_units(activations) if activations else None,
     }
 
 
-def gradients_of(network: nn.Module) -> list[torch.Tensor]:
-    """The gradients that the latest backward pass has left."""
-    return [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
-
-
 def gradient_norm(network: nn.Module) -> torch.Tensor | None:
     """The norm of the gradient of the latest training batch, None before the first."""
-    gradients = gradients_of(network)
+    gradients = [parameter.grad for parameter in network.parameters() if parameter.grad is not None]
     return nn.utils.get_total_norm(gradients) if gradients else None
 
 
@@ -198,7 +193,7 @@ def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
     batch, and None before the first. Raises FloatingPointError for NaN or infinity.
     """
     activations = measure_activations(network, obs)
-    has_gradients = len(gradients_of(network)) > 0
+    has_gradients = gradient_norm(network) is not None
     return {
         "erank": mean_effective_rank(network),
         "feature_erank": activations["feature_erank"],
@@ -211,19 +206,25 @@ def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
 def fresh_twin(network: nn.Module, seed: int) -> nn.Module:
     """A copy of a network, with every layer initialised anew by its own `reset_parameters`.
 
-    Raises ValueError for a parameter that no such layer owns: how to initialise it is not known.
+    Raises ValueError for a parameter that no such layer owns: how to initialise it is not known. An
+    initialisation that is done elsewhere, such as in `__init__`, is not repeated.
     """
-    twin = copy.deepcopy(network)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for layer in twin.modules():
-            own_parameters = list(layer.parameters(recurse=False))
-            if hasattr(layer, "reset_parameters"):
-                layer.reset_parameters()
-            elif own_parameters:
-                name = type(layer).__name__
-                raise ValueError(f"{name} has parameters but no reset_parameters() to renew them")
-    return twin
+    device = next(network.parameters()).device
+    # On the CPU, for the same numbers on every device.
+    twin = copy.deepcopy(network).cpu().eval()
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        # Children first, so that an initialisation by their parent stays.
+        twin.apply(renew)
+    return twin.to(device)
+
+
+def renew(layer: nn.Module) -> None:
+    if hasattr(layer, "reset_parameters"):
+        layer.reset_parameters()
+    elif list(layer.parameters(recurse=False)):
+        name = type(layer).__name__
+        raise ValueError(f"{name} has parameters but no reset_parameters() to renew them")
 
 
 def plasticity(
@@ -254,12 +255,13 @@ def plasticity(
     batches = torch.randint(len(obs), (updates, batch_size), generator=generator)
     source_seed = int(torch.randint(2**31, (), generator=generator))
 
-    learner = copy.deepcopy(network)
+    learner = copy.deepcopy(network).eval()
     source = fresh_twin(network, source_seed)
     with torch.no_grad():
         before = learner(obs)
         change = source(obs)
-    spread = change.std(0, correction=0).clamp(min=1e-9)  # 0 where an output never varies
+    # 0 where an output never varies.
+    spread = change.std(0, correction=0).clamp(min=1e-9)
     change = (change - change.mean(0)) / spread
 
     optimizer = torch.optim.Adam(learner.parameters(), learning_rate, eps=adam_eps, fused=True)
@@ -309,19 +311,16 @@ def flag(name: str) -> str:
 
 def is_of_kind(value: object, kind: object) -> bool:
     """Whether a value is what a setting's annotation asks for; an int is a float, a bool no int."""
-    origin = typing.get_origin(kind)
     options = typing.get_args(kind)
-    if origin is typing.Literal:
-        return isinstance(value, str) and value in options
-    if origin is types.UnionType:
+    if typing.get_origin(kind) is typing.Literal:
+        return type(value) is str and value in options
+    if typing.get_origin(kind) is tuple:
+        return type(value) is tuple and all(is_of_kind(item, options[0]) for item in value)
+    if options:  # of a union
         return any(is_of_kind(value, option) for option in options)
-    if origin is tuple:
-        return isinstance(value, tuple) and all(is_of_kind(item, options[0]) for item in value)
-    if isinstance(value, bool):
-        return kind is bool
     if kind is float:
-        return isinstance(value, int | float)
-    return isinstance(value, kind)
+        return type(value) is int or isinstance(value, float)
+    return type(value) is kind
 
 
 def check_kinds(args) -> None:
@@ -369,13 +368,17 @@ def run_folder(args) -> Path:
     return Path("runs") / f"{args.env.replace('/', '-')}__{variant}__seed{args.seed}"
 
 
-def acquire(lock: filelock.FileLock, of: Path, timeout: float) -> contextlib.AbstractContextManager:
-    """Acquire a lock within `timeout` seconds. Raises UserError, saying how to break it."""
+@contextlib.contextmanager
+def locked(path: Path, of: Path, timeout: float) -> Iterator[None]:
+    """Hold a lock, waiting at most `timeout` seconds. Raises UserError, saying how to break it."""
+    lock = filelock.FileLock(path)
     try:
-        return lock.acquire(timeout=timeout)
+        held = lock.acquire(timeout=timeout)
     except filelock.Timeout:
-        advice = f"if no run is using it, here or on another machine, delete {lock.lock_file}"
+        advice = f"if no run is using it, here or on another machine, delete {path}"
         raise UserError(f"{of} is in use by another process; {advice}") from None
+    with held:
+        yield
 
 
 class Run:
@@ -391,68 +394,63 @@ class Run:
 
     def __init__(self, folder: Path, settings: dict, total_steps: int, eval_every: int):
         self.folder = folder
-        self.settings = json.loads(json.dumps(settings))  # as they will be read: tuples are lists
+        # As they will be read: tuples are lists.
+        self.settings = json.loads(json.dumps(settings))
         self.total_steps = total_steps
         self.eval_every = eval_every
-        self.lock = filelock.FileLock(folder / ".lock")
-        self.checkpoint = None
-        self.log_file = None
         self.refuse_other_settings()
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        acquire(self.lock, of=self.folder, timeout=0)
-        self.threads = torch.get_num_threads()
-        try:
+        # Undone here on an error, else by __exit__.
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(locked(self.folder / ".lock", of=self.folder, timeout=0))
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             self.open()
-        except BaseException:
-            self.close()
-            raise
+            stack.enter_context(self.log_file)
+            self.undo = stack.pop_all()
         return self
 
     def __exit__(self, *_):
-        self.close()
+        self.undo.close()
 
     def open(self) -> None:
         content = json.dumps(self.settings, indent=2) + "\n"
         replace_file(self.folder / "config.json", content.encode())
         self.checkpoint = self.read_checkpoint()
         self.step = 0
-        if self.checkpoint:
+        log = ""
+        if self.checkpoint is not None:
             self.step = self.checkpoint["step"]
+            log = self.checkpoint["log"]
+        # The log as it was at the checkpoint: without later rows, whatever became of its file.
+        replace_file(self.folder / "log.csv", log.encode())
+        self.log_file = open(self.folder / "log.csv", "a", buffering=1, newline="")  # noqa: SIM115
         self.finished = self.step == self.total_steps
         if self.finished:
             print(f"{self.folder} is finished; nothing is left to do.")
-        else:
-            self.open_log()
-
-    def close(self) -> None:
-        """Release what other runs of this process may need: lock, file and number of threads."""
-        if self.log_file:
-            self.log_file.close()
-        torch.set_num_threads(self.threads)
-        self.lock.release()
 
     def refuse_other_settings(self) -> None:
         path = self.folder / "config.json"
-        if not path.exists():
-            return
+        if not path.exists() and not (self.folder / "checkpoint.pt").exists():
+            return  # a new run
         try:
-            settings = dict(json.loads(path.read_text()))
-        except (ValueError, TypeError) as error:
+            before = dict(json.loads(path.read_text()))
+        except (OSError, ValueError, TypeError) as error:
             reason = type(error).__name__
             advice = f"put it back, or delete {self.folder} to start over"
             raise UserError(f"{path} cannot be read ({reason}): {advice}") from error
+
+        now = self.settings
         differences = []
-        for name in {**self.settings, **settings}:
-            now = self.settings.get(name)
-            before = settings.get(name)
-            if now != before:
-                differences.append(f"{name} {before} (now {now})")
+        for name in {**now, **before}:
+            old = before.get(name)
+            new = now.get(name)
+            if old != new and name != "device":  # on another device it continues, too
+                differences.append(f"{name} {old} (now {new})")
         if differences:
-            advice = "move it away or start elsewhere"
-            shown = ", ".join(differences)
-            raise UserError(f"{self.folder} holds a run with other settings: {shown}; {advice}")
+            what = f"holds a run with other settings: {', '.join(differences)}"
+            raise UserError(f"{self.folder} {what}; move it away or start elsewhere")
 
     def read_checkpoint(self) -> dict | None:
         path = self.folder / "checkpoint.pt"
@@ -463,23 +461,12 @@ class Run:
                 if archive.testzip():  # checks what torch.load does not
                     raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # a damaged file makes torch raise all sorts
+        except OSError:  # such as a missing permission, after which it can be read as it is
+            raise
+        # A damaged file makes torch raise all sorts.
+        except Exception as error:
             reason = type(error).__name__
             raise UserError(f"{path} cannot be read ({reason}); delete it to start over") from error
-
-    def open_log(self) -> None:
-        """A new log, or the old one without the rows that follow the checkpoint."""
-        path = self.folder / "log.csv"
-        if self.checkpoint is None:
-            self.log_file = open(path, "w", buffering=1, newline="")  # noqa: SIM115
-            return
-        size = self.checkpoint["log_bytes"]
-        content = path.read_bytes() if path.exists() else b""
-        if zlib.crc32(content[:size]) != self.checkpoint["log_crc"]:
-            self.refuse_changed_file(path)
-        self.log_file = open(path, "r+", buffering=1, newline="")  # noqa: SIM115
-        self.log_file.truncate(size)
-        self.log_file.seek(size)
 
     def refuse_changed_file(self, path: Path) -> None:
         """Raise UserError for a file that is not what it was when the checkpoint was saved."""
@@ -538,16 +525,17 @@ class Run:
 
     def save(self, state: dict) -> None:
         """Save a checkpoint, which the next start finds as `checkpoint`."""
-        os.fsync(self.log_file.fileno())  # its rows are on the disk before what counts on them
-        log = (self.folder / "log.csv").read_bytes()
-        content = io.BytesIO()  # torch.save would raise errors of its own on a full disk
-        torch.save({**state, "log_bytes": len(log), "log_crc": zlib.crc32(log)}, content)
+        log = (self.folder / "log.csv").read_text()
+        # Torch.save would raise errors of its own on a full disk.
+        content = io.BytesIO()
+        torch.save({**state, "log": log}, content)
         replace_file(self.folder / "checkpoint.pt", content.getvalue())
 
 
 def replace_file(path: Path, content: bytes) -> None:
     """Write a file that is whole or absent, even if the process is killed or the disk is full."""
-    temporary = path.with_suffix(".tmp")  # one that was left over is overwritten
+    # One that was left over is overwritten.
+    temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -563,7 +551,8 @@ def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
         for frame in itertools.islice(frames, 0, 60 * fps, step):
             pictures.append(Image.fromarray(frame).quantize(64))
         first, *rest = pictures
-        for every in (1, 2, 4, 8):  # leave out frames until it is small enough
+        # Leave out frames until it is small enough.
+        for every in (1, 2, 4, 8):
             content = io.BytesIO()
             kept = rest[every - 1 :: every]
             duration = 1000 * step * every // fps
@@ -573,7 +562,7 @@ def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
                 break
         replace_file(path, content.getvalue())
     except Exception as error:  # noqa: BLE001 - whatever a third-party environment raises
-        print(f"{path} is left out: {error}")
+        print(f"{path} is left out: {type(error).__name__} {error}")
 
 
 def command(train: Callable, defaults: object) -> int:
@@ -581,9 +570,11 @@ def command(train: Callable, defaults: object) -> int:
 
     Returns 0, or after one line 1 for a fault on the way, 2 for a mistake, 130 if stopped.
     """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # from Slurm, it stops like Ctrl-C
+    # From Slurm, it stops like Ctrl-C.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(signal, "SIGPIPE"):  # Windows has none
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head -1` ends without a word
+        # `--help | head -1` ends without a word.
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     resumption = "the same command continues from the last checkpoint, or starts over without one."
     try:
         settings = (tyro.conf.FlagCreatePairsOff,)
