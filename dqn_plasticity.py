@@ -769,7 +769,7 @@ def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
     """`num_envs` copies of a task.
 
     Observations: uint8 (num_envs, 4, 84, 84) of Atari, float32 (num_envs, n) of others. Atari as in
-    Mnih et al. 2015 (up to 30 no-ops, frame skip 4 with a maximum over 2, no sticky actions, FIRE
+    Mnih et al. 2015 (0 to 29 no-ops, frame skip 4 with a maximum over 2, no sticky actions, FIRE
     pressed where needed), but episodes end with the game, not with a life, and rewards are the
     game's own.
     """
