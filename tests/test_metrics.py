@@ -545,7 +545,7 @@ def test_a_run_goes_in_intervals_and_continues_from_its_last_checkpoint(
 
 def test_a_row_has_its_speed_takes_tensors_and_refuses_what_is_not_finite(tmp_path, monkeypatch):
     clock = mock.Mock(side_effect=[0.0, 8.0, 12.0])
-    monkeypatch.setattr(metrics.time, "perf_counter", clock)
+    monkeypatch.setattr(metrics, "time", mock.Mock(perf_counter=clock))
     with open_run(tmp_path) as run:
         steps = run.steps()
         next(steps)
@@ -601,7 +601,7 @@ def test_lock_refuses_a_second_writer_and_says_what_to_delete_if_there_is_none(t
     with open_run(tmp_path) as run:
         run.save({"step": 3})
     before = contents(tmp_path)
-    message = r"in use by another process; if none runs .*, delete .*\.lock"
+    message = r"in use by another process; if .*, delete .*\.lock"
     elsewhere = filelock.FileLock(tmp_path / ".lock")
     with elsewhere, pytest.raises(metrics.UserError, match=message), open_run(tmp_path):
         pass
