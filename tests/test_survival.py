@@ -233,10 +233,10 @@ def test_the_runs_here_measure_plasticity_after_the_injection(env, undisturbed):
 
 
 DIGESTS = {
-    "CartPole": "",
-    "Digits": "",
-    "MsPacman": "",
-    "PointmassHard": "",
+    "CartPole": "2a059584",
+    "Digits": "d02feb59",
+    "MsPacman": "9e2b2081",
+    "PointmassHard": "4a0f67ea",
 }
 
 
@@ -590,15 +590,35 @@ def test_threads_are_given_back_after_digits():
     assert torch.get_num_threads() == 2
 
 
-@SHORT
-def test_lock_of_another_process_is_named_in_the_line_that_refuses(env, capsys):
-    FOLDERS[env].mkdir(parents=True)
-    lock = FOLDERS[env] / ".lock"
+def check_lock_is_named(env, lock, of, capsys):
+    """While another process holds the lock, the command refuses, and says what to delete."""
     with filelock.FileLock(lock):
         assert run(env) == 2
-    line = f"error: {FOLDERS[env]} is in use by another process; if .*, delete {lock}\n"
-    assert re.fullmatch(line, capsys.readouterr().err)
-    assert [path.name for path in FOLDERS[env].iterdir() if path != lock] == []
+    line = f"error: {of} is in use by another process; if .*, delete {lock}\n"
+    assert re.fullmatch(line.replace("+", "[+]"), capsys.readouterr().err)
+
+
+@SHORT
+def test_lock_of_another_process_is_named_in_the_line_that_refuses(env, capsys):
+    folder = FOLDERS[env]
+    folder.mkdir(parents=True)
+    check_lock_is_named(env, folder / ".lock", folder, capsys)
+    assert {path.name for path in folder.iterdir()} <= {".lock"}
+
+
+def test_lock_of_a_data_set_is_named_in_the_line_that_refuses(monkeypatch, capsys):
+    """In earnest a run waits some minutes, for another may be collecting the data."""
+    acquire = metrics.acquire
+
+    def acquire_at_once(lock, of, timeout):
+        return acquire(lock, of, timeout=0)
+
+    monkeypatch.setattr(metrics, "acquire", acquire_at_once)
+    env = "PointmassHard"
+    data = iql.dataset_path(ARGS[env])
+    data.parent.mkdir()
+    check_lock_is_named(env, data.with_name(f".{data.stem}.lock"), data, capsys)
+    assert not data.exists()
 
 
 def test_importing_the_scripts_changes_nothing():
