@@ -706,9 +706,13 @@ SPECIAL_SETTINGS = {
 
 
 @SHORT
-def test_a_setting_from_python_that_the_command_line_would_refuse_is_refused(env, tmp_path):
+def test_a_setting_from_python_that_the_command_line_would_refuse_is_refused(
+    env, tmp_path, monkeypatch
+):
     script = SCRIPTS[env]
     cases = [*WRONG_SETTINGS.items(), *SPECIAL_SETTINGS[env].items()]
+    started = AssertionError("the run was started")
+    monkeypatch.setattr(metrics, "Run", mock.Mock(side_effect=started))
     for name, (value, message) in cases:
         with pytest.raises(metrics.UserError, match=re.escape(message)):
             script.train(script.Args(**{"env": env, name: value}))
