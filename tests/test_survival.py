@@ -684,6 +684,7 @@ WRONG_SETTINGS = {
     "eval_every": (1e5, "--eval-every 100000.0 must be int"),
     "batch_size": (True, "--batch-size True must be int"),
     "seed": (None, "--seed None must be int"),
+    "injections": (2.0, "--injections 2.0 must be int"),
     "leaky_relu": (1, "--leaky-relu 1 must be bool"),
     "gamma": ("0.9", "--gamma '0.9' must be float"),
     "injection_steps": ([5], "--injection-steps [5] must be tuple[int, ...]"),
