@@ -479,7 +479,7 @@ def test_log_starts_anew_without_a_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("change", ["emptied", "missing", "shortened", "edited"])
-def test_log_that_has_changed_since_the_checkpoint_is_refused(change, tmp_path):
+def test_log_that_has_changed_since_the_checkpoint_is_put_back(change, tmp_path):
     with open_run(tmp_path) as run:
         log_two_rows_and_save(run).close()
     path = tmp_path / "log.csv"
@@ -492,16 +492,14 @@ def test_log_that_has_changed_since_the_checkpoint_is_refused(change, tmp_path):
         path.write_bytes(whole[:-1])
     else:  # to one of the same length
         path.write_bytes(whole.replace(b"0.125", b"0.625"))
-    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-    message = (
-        "log.csv has changed since the last checkpoint: put it back, or delete .*checkpoint.pt"
-    )
-    with pytest.raises(metrics.UserError, match=message), open_run(tmp_path):
-        pass
-    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
-    path.write_bytes(whole)
     with open_run(tmp_path) as run:
         assert run.step == 3
+        assert path.read_bytes() == whole
+        steps = run.steps()
+        next(steps)
+        run.log({"step": 4, "loss": None, "erank": 1.0})
+        steps.close()
+    assert text(tmp_path) == ["step,loss,erank", "1,,2", "2,0.125,", "4,,1"]
 
 
 def test_a_run_goes_in_intervals_and_continues_from_its_last_checkpoint(
@@ -637,7 +635,13 @@ def test_a_damaged_checkpoint_is_refused_and_left_alone(damage, tmp_path):
     assert contents(tmp_path) == before
 
 
-CONFIGS = {"empty": "", "list": "[1, 2]", "number": "3", "null": "null", "cut": '{"flag": ['}
+CONFIGS = {
+    "empty": "",
+    "list": "[1, 2]",
+    "number": "3",
+    "null": "null",
+    "cut": '{"flag": [',
+}
 
 
 @pytest.mark.parametrize("config", CONFIGS)
