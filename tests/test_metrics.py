@@ -179,6 +179,8 @@ def test_every_metric_takes_a_nested_and_branching_network_erank_plasticity_upda
     network.encoder[1].bias.data[:4] = 0.0  # these four units are dormant
     for parameter in network.parameters():
         parameter.grad = torch.ones_like(parameter)
+    network.value.weight.grad = None  # a head that is frozen or not in use
+    network.value.bias.grad = None
     network.encoder[0].weight.grad[:4] = 0.0
     network.encoder[0].bias.grad[:4] = 0.0
     network.advantage[0].weight.grad[:2] = 0.0
@@ -191,7 +193,7 @@ def test_every_metric_takes_a_nested_and_branching_network_erank_plasticity_upda
     weights = torch.cat([layer.weight.flatten() for layer in layers])
     assert row["weight_magnitude"] == pytest.approx(weights.abs().mean().item())
     # Hidden are 16 units of the encoder, 1 of the value and 8 of the advantage.
-    assert row["updated_units"] == pytest.approx(100 * (12 + 1 + 7) / 25)
+    assert row["updated_units"] == pytest.approx(100 * (12 + 0 + 7) / 25)
     features = network.advantage[:2](network.encoder(obs))
     assert row["feature_erank"] == pytest.approx(metrics.effective_rank(features), rel=1e-6)
     activations = [network.encoder(obs), features]

@@ -405,7 +405,7 @@ def test_replay_that_is_cut_short_is_refused_wherever_its_newest_transitions_lie
         assert run(env, *flags) == 130
     path = FOLDERS[env] / "replay"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1_600])  # 50 slots less
+    path.write_bytes(whole[:-960])  # 30 slots less
     error = refused(env, "replay", capsys, *flags)
     assert f"{path} has changed since the last checkpoint: put it back, or delete " in error
     path.write_bytes(whole)
