@@ -162,7 +162,7 @@ class Args:
     leaky_relu: bool = False
 
     def __post_init__(self):
-        metrics.check_kinds(self)
+        metrics.check_kinds(self, complete=False)
         self.env = short_name(self.env)
         column = 1
         if is_atari(self.env):
@@ -526,7 +526,8 @@ def load_checkpoint(
     """
     checkpoint = run.checkpoint
     replay.load_state_dict(checkpoint["replay"])
-    if replay.fingerprint() != checkpoint["replay"]["fingerprint"]:
+    is_same = replay.fingerprint() == checkpoint["replay"]["fingerprint"]
+    if not replay.was_whole or not is_same:
         run.refuse_changed_file(replay.path)
     q = fresh_network(envs, args, step=0)
     target_network = copy.deepcopy(q).requires_grad_(False)
@@ -580,9 +581,10 @@ class Replay:
         # Slots are written like any file, so that a full disk is an OSError (a memory map
         # would kill the process), but they are read through a memory map.
         path.touch()  # what a killed run left is never read before it is written anew
+        size = self.length * self.slot.itemsize
+        self.was_whole = path.stat().st_size == size  # not in a new run
         self.file = open(path, "r+b")  # noqa: SIM115 - it stays open during the run
-        # Takes no disk before it is written.
-        self.file.truncate(self.length * self.slot.itemsize)
+        self.file.truncate(size)  # most file systems give it no disk before it is written
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ring = np.frombuffer(self.map, self.slot)
         self.next = 0  # the slot to be written

@@ -130,7 +130,7 @@ class Args:
     leaky_relu: bool = False
 
     def __post_init__(self):
-        metrics.check_kinds(self)
+        metrics.check_kinds(self, complete=False)
         if self.injections is None:
             self.injections = len(self.injection_steps)
         if not self.injection_steps and not self.injection_trigger:

@@ -323,22 +323,24 @@ def is_of_kind(value: object, kind: object) -> bool:
     return type(value) is kind
 
 
-def check_kinds(args) -> None:
+def check_kinds(args, complete: bool) -> None:
     """Raise UserError for a setting that the command line would refuse, such as l2="Constant".
 
-    A setting that is None by default, and waits for the default of its task, may still be None.
+    Before the settings are complete, one that waits for the default of its task may be None.
     """
     for name, kind in typing.get_type_hints(type(args)).items():
         value = getattr(args, name)
         waits = value is None and getattr(type(args), name) is None
-        if not waits and not is_of_kind(value, kind):
+        if waits and not complete:
+            continue
+        if not is_of_kind(value, kind):
             expected = inspect.formatannotation(kind)
             raise UserError(f"{flag(name)} {value!r} must be {expected}")
 
 
 def check(args, bounds: dict[str, tuple[float, float]]) -> None:
     """Raise UserError for a setting that is wrong in itself. Numbers lie in 0..inf by default."""
-    check_kinds(args)
+    check_kinds(args, complete=True)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA GPU here; use cpu")
     for name, value in vars(args).items():
@@ -435,7 +437,9 @@ class Run:
         if not path.exists() and not (self.folder / "checkpoint.pt").exists():
             return  # a new run
         try:
-            before = dict(json.loads(path.read_text()))
+            before = json.loads(path.read_text())
+            if not isinstance(before, dict):
+                raise TypeError
         except (OSError, ValueError, TypeError) as error:
             reason = type(error).__name__
             advice = f"put it back, or delete {self.folder} to start over"

@@ -734,6 +734,16 @@ def test_a_setting_from_python_that_the_command_line_would_refuse_is_refused(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_default_of_the_task_that_is_set_to_none_later_is_refused(tmp_path):
+    for name in dqn.DEFAULTS_BY_TASK:
+        args = dqn.Args(env="CartPole", l2="periodic")
+        setattr(args, name, None)
+        message = f"{metrics.flag(name)} None must be "
+        with pytest.raises(metrics.UserError, match=message):
+            dqn.train(args)
+    assert not list(tmp_path.iterdir())
+
+
 @SHORT
 def test_a_setting_from_python_that_the_command_line_would_take_is_taken(env):
     script = SCRIPTS[env]
