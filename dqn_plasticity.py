@@ -4,18 +4,19 @@
 Learning with Plasticity Injection and Plasticity Metric Regularization. The README lists all other
 papers that are cited here.
 
-A network that has been trained for a long time may stop learning. This file trains one on an Atari
-game, on LunarLander (or any Gymnasium task with flat observations and discrete actions) or on
-Digits, which shows the collapse in a minute. It logs what the literature takes for signs of lost
-plasticity. The update is that of double DQN (van Hasselt et al. 2016):
+A network that has been trained for a long time may stop learning: it loses its plasticity. This
+file trains one on an Atari game, on LunarLander (or any Gymnasium task with flat observations and
+discrete actions) or on Digits, where most of it is lost within a minute, and logs the signs of it
+that the literature knows. The update is that of double DQN (van Hasselt et al. 2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
     loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2
 
-where phi are the parameters that are trained (paper 3.2). A plasticity injection (paper 3.1)
-freezes Q and lets a fresh network learn what is missing, without changing a single value at that
-moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 is trained. Nikishin et al. (2023),
-who invented it, inject the head of a network on a shared encoder; the paper freezes all of Q.
+where phi are the parameters that are trained, and lambda(step) is the strength of L2 regularisation
+(paper 3.2), by default 0. A plasticity injection (paper 3.1) freezes Q and lets a fresh network
+learn what is missing, without changing a single value at that moment: Q <- Q + (f1 - f2) with
+f1 = f2 fresh, of which only f1 is trained. Nikishin et al. (2023), who invented it, inject the head
+of a network on a shared encoder; the paper freezes all of Q.
 
     python dqn_plasticity.py --env Digits
     python dqn_plasticity.py --env MsPacman --l2 periodic
@@ -51,7 +52,7 @@ from metrics import UserError, run_folder
 
 gym.register_envs(ale_py)
 
-# Raised when the networks or the checkpoint change, so that older runs are refused.
+# Increased when the networks or the checkpoint change, so that older runs are refused.
 VERSION = 6
 
 # ---- settings
@@ -105,7 +106,7 @@ class Args:
     eval_episodes: int = 10
     # Steps between measurements of plasticity.
     plasticity_every: int = None
-    # Updates of the network's copy in a measurement of plasticity, a multiple of ten.
+    # Updates of the copy that is trained to measure plasticity, a multiple of ten.
     plasticity_updates: int = None
 
     # Learning rate of Adam.
@@ -122,7 +123,7 @@ class Args:
     learning_starts: int = None
     # Steps from one update to the next.
     train_frequency: int = None
-    # Steps from one copy of Q into the target network to the next.
+    # Steps between copies of Q into the target network.
     target_network_frequency: int = None
     # Epsilon, the probability of a random action, at the start of the run.
     start_e: float = None
@@ -130,16 +131,16 @@ class Args:
     end_e: float = None
     # Share of the run after which the schedule of epsilon ends.
     exploration_fraction: float = None
-    # Longer gradients are scaled down to this norm. 0 means never.
+    # Largest norm of the gradient: a longer one is scaled down to it. 0 means no limit.
     max_grad_norm: float = None
 
-    # Number of plasticity injections; with a trigger, the most. By default one at each step given.
+    # Number of plasticity injections; with a trigger, the largest. By default one per step given.
     injections: int | None = None
     # Steps at which to inject. By default evenly over the second half of the run.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # It is crossed upwards by weight_magnitude and dormant_units, downwards by all others.
+    # The trigger's: crossed upwards by weight_magnitude and dormant_units, by others downwards.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
@@ -152,7 +153,7 @@ class Args:
     l2_end: float = None
     # Steps with lambda in a period of periodic L2 (N in the paper).
     l2_on_steps: int = None
-    # Steps without lambda that follow (M in the paper).
+    # Steps without lambda in a period of periodic L2, after those with it (M in the paper).
     l2_off_steps: int = None
 
     # Normalise each hidden layer before its activation, so that no unit goes without a gradient, or
@@ -256,7 +257,7 @@ def q_and_target(q, target_network, obs: torch.Tensor) -> tuple[torch.Tensor, to
     """The same values as q(obs) and target_network(obs), with less work after an injection."""
     if not isinstance(q, Injected):
         return q(obs), target_network(obs)
-    # Of the frozen networks both share f2, and h once copy_to_target has made it the same.
+    # Both networks have the same f2, and after copy_to_target the same h. Each is computed once.
     f2 = q.f2(obs)
     h = q.h(obs)
     target_h = h
@@ -313,8 +314,8 @@ def train(args: Args) -> Path:
     check(args)  # refuses mistakes before anything is written
     settings = {**asdict(args), "version": VERSION}
     # A Run (metrics.py) is the folder of this run: settings, log and latest checkpoint. It counts
-    # the steps, from 1 or on from the checkpoint. They are cut into intervals of eval_every steps,
-    # each of which ends with an evaluation and a checkpoint.
+    # the steps, from 1 or from where the checkpoint ends. They are cut into intervals of eval_every
+    # steps, each of which ends with an evaluation and a checkpoint.
     with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
         replay_path = run.folder / "replay"
         if run.finished:
@@ -332,7 +333,7 @@ def train(args: Args) -> Path:
             injected_at = []  # the steps of the injections so far
             smoothed_metric = None  # moving average of the metric of --injection-trigger
         else:
-            # The same five as the latest checkpoint has them; the replay is filled in.
+            # The same five as at the latest checkpoint; the replay gets its counters back.
             loaded = load_checkpoint(run, envs, args, replay)
             q, target_network, optimizer, injected_at, smoothed_metric = loaded
 
@@ -343,12 +344,12 @@ def train(args: Args) -> Path:
                 # checkpoint, and its log is that of a run that was never killed.
                 envs.close()
                 envs, obs, rng = fresh_start(args, step - 1)
-                # The log measures gradients, and a continued run has none.
+                # A run that continues has no gradients to log, so every interval starts without.
                 optimizer.zero_grad()
                 if args.env == "Digits":
                     # An interval is a task with new labels. Transitions with the old labels would
-                    # make wrong targets, which is a fault of memory, not of plasticity. Networks
-                    # and optimiser stay, for the question is whether they can still learn.
+                    # make wrong targets: a fault of the replay, not of plasticity. Networks and
+                    # optimiser stay, for the question is whether they can still learn.
                     replay.empty()
                 episode_return = 0.0
                 returns = []  # of the episodes that ended since the latest row
@@ -372,7 +373,7 @@ def train(args: Args) -> Path:
             episode_over = terminated[0] or truncated[0]
             episode_return += float(reward[0])
             if is_atari(args.env):
-                # Games count in ones or in thousands (Mnih et al. 2015).
+                # Clipped to -1, 0 or 1: games count in ones or in thousands (Mnih et al. 2015).
                 reward = np.sign(reward)
             replay.add(obs[0], action[0], reward[0], next_obs[0], terminated[0], episode_over)
             obs = next_obs
@@ -406,7 +407,7 @@ def train(args: Args) -> Path:
 
             if run.row_due(step) or step % args.plasticity_every == 0:
                 # The log: figures of the latest update, and the metrics of the network.
-                if args.max_grad_norm == 0:  # otherwise clipping has returned the norm before it
+                if args.max_grad_norm == 0:  # otherwise clipping has returned the norm
                     grad_norm = metrics.gradient_norm(trainable(q))
                 eval_return = None
                 if run.interval_ends(step):
@@ -430,7 +431,7 @@ def train(args: Args) -> Path:
                     smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
             if run.interval_ends(step):
-                # This checkpoint is all that the next interval needs.
+                # This checkpoint and the replay's file are all that the next interval needs.
                 replay.end_episode()  # the next interval starts another
                 if step == args.total_steps:
                     save_episode(run.folder / "episode.gif", q, args)
@@ -451,7 +452,7 @@ def train(args: Args) -> Path:
 
 
 def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
-    """A new optimiser over what is trained of Q."""
+    """A new optimiser for the part of Q that is trained."""
     parameters = trainable(q).parameters()
     return torch.optim.Adam(parameters, args.learning_rate, eps=args.adam_eps, fused=True)
 
@@ -474,7 +475,7 @@ def smooth(average: float | None, value: float | None) -> float | None:
 
 
 def injection_due(args: Args, step: int, injected_at: list[int], average: float | None) -> bool:
-    """At the steps given (paper 3.1), or when a metric's average crosses a threshold (6.1)."""
+    """Whether to inject: at a step given (paper 3.1), or by a metric's average (paper 6.1)."""
     if args.injection_trigger is None:
         return step in args.injection_steps
     if average is None or len(injected_at) == args.injections:
@@ -520,9 +521,10 @@ def epsilon_greedy(q, obs: np.ndarray, epsilon: float, rng: np.random.Generator)
 def load_checkpoint(
     run: metrics.Run, envs: gym.vector.VectorEnv, args: Args, replay: "Replay"
 ) -> tuple[nn.Module, nn.Module, torch.optim.Adam, list[int], float | None]:
-    """Q, target network, optimiser, injected_at and smoothed_metric as saved; the replay is filled.
+    """Q, target network, optimiser, injected_at and smoothed_metric as saved.
 
-    Raises UserError if the replay's file has changed since.
+    The replay, whose file is still there, gets its counters back. Raises UserError if that file has
+    changed since the checkpoint.
     """
     checkpoint = run.checkpoint
     replay.load_state_dict(checkpoint["replay"])
@@ -580,7 +582,8 @@ class Replay:
         self.length = args.buffer_size + slots_taken(args, args.eval_every)
         # Slots are written like any file, so that a full disk is an OSError (a memory map
         # would kill the process), but they are read through a memory map.
-        path.touch()  # what a killed run left is never read before it is written anew
+        # A new run creates the file. What a killed one has left there, it never reads.
+        path.touch()
         size = self.length * self.slot.itemsize
         self.was_whole = path.stat().st_size == size  # not in a new run
         self.file = open(path, "r+b")  # noqa: SIM115 - it stays open during the run
@@ -810,7 +813,7 @@ def fresh_start(
 
 # ---- evaluation and measurements
 EVALUATION_EPSILON = 0.02
-# Steps after which an evaluation cuts its episodes, 30 minutes of Atari; others may never end.
+# Evaluations cut an episode after so many steps, 30 minutes of Atari. Elsewhere it may never end.
 LONGEST_EPISODE = 27_000
 
 
@@ -864,7 +867,7 @@ def measurements(
 ) -> dict[str, float | None]:
     """The metrics of the network that is trained, for 512 observations of the replay.
 
-    They are drawn by a random stream of their own, so that measuring changes nothing.
+    The observations are drawn by a random stream of their own, so that measuring changes nothing.
     """
     rng = np.random.default_rng((args.seed, step, 2))
     obs = network_input(replay.observations(replay.draw(512, rng)), args.device)
@@ -924,7 +927,7 @@ def check(args: Args) -> None:
 
 
 def check_injections(args: Args) -> None:
-    """The injection settings agree with each other and with the length of the run."""
+    """Raise UserError unless the injection settings fit each other and the length of the run."""
     steps = args.injection_steps
     shown = " ".join(map(str, steps))
     if args.injection_trigger or args.injection_threshold is not None:
@@ -992,10 +995,10 @@ def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
 
 
 def main() -> int:
-    # --help shows the defaults of the task, so that its name has to be found first.
+    # --help shows the defaults of the task, so its name has to be found first.
     tasks = ["MsPacman", *re.findall(r"--env[= ](\S+)", " ".join(sys.argv))]
     defaults = Args(env=tasks[-1])
-    # So that --injections 0 with --injection-steps is a contradiction.
+    # Args() has made it 0, which would contradict every --injection-steps.
     defaults.injections = None
     return metrics.command(train, defaults)
 

@@ -7,9 +7,11 @@ papers that are cited here.
 A point has to cross four rooms (PointmassHard). An explorer that does not know the task collects
 data; IQL learns from them alone (offline), then continues in the environment (online; paper section
 5). The optimal return is -33, random actions get -100. IQL (Kostrikov et al. 2022) never asks for
-the value of an action that is not in the data. Beside Q(s, a) it trains V(s), which estimates a
-high expectile of Q over the data's actions, and an actor pi(a | s), which imitates the data's
-actions, the better ones more. One update, on one batch, is
+the value of an action that is not in the data. Besides Q(s, a) it trains V(s), which estimates a
+high expectile of Q over the data's actions (a mean that weighs high values more), and an actor
+pi(a | s), which imitates the data's actions, the better ones more strongly. The remedies are for
+lost plasticity: a network that has been trained for a long time may stop learning. One update, on
+one batch, is
 
     u       = Q_target(s, a) - V(s)
     loss_V  = mean |expectile - 1(u < 0)| u^2                             IQL eq. 5
@@ -18,7 +20,8 @@ actions, the better ones more. One update, on one batch, is
     loss_pi = -mean min(exp(beta * u), 100) * log pi(a | s)               IQL eq. 7
     Q_target <- (1 - polyak) * Q_target + polyak * Q
 
-where 1(u < 0) is 1 if u < 0 and otherwise 0, and phi are the parameters of Q that are trained.
+where 1(u < 0) is 1 if u < 0 and otherwise 0, u is called the advantage, phi are the parameters of Q
+that are trained, and lambda(step) is the strength of L2 regularisation, by default 0.
 (Kostrikov et al. take the smaller of two target values, and update V before the others.) A
 plasticity injection (paper 3.1) freezes Q and lets a fresh network learn what is missing, without
 changing a single value at that moment: Q <- Q + (f1 - f2) with f1 = f2 fresh, of which only f1 is
@@ -53,7 +56,7 @@ from tqdm import tqdm
 import metrics
 from metrics import UserError, run_folder
 
-# Raised when the networks or the checkpoint change, so that older runs are refused.
+# Increased when the networks or the checkpoint change, so that older runs are refused.
 VERSION = 4
 
 
@@ -85,10 +88,10 @@ class Args:
     eval_episodes: int = 50
     # Steps between measurements of plasticity.
     plasticity_every: int = 2_000
-    # Updates of the network's copy in a measurement of plasticity, a multiple of ten.
+    # Updates of the copy that is trained to measure plasticity, a multiple of ten.
     plasticity_updates: int = 120
 
-    # Learning rate of Adam, for Q, V and actor.
+    # Learning rate of Adam, for Q, V and the actor.
     learning_rate: float = 3e-4
     # Discount per step.
     gamma: float = 0.95
@@ -101,13 +104,13 @@ class Args:
     # Polyak averaging: the share of Q's weights that enters the target network at every step.
     polyak: float = 0.005
 
-    # Number of plasticity injections; with a trigger, the most. By default one at each step given.
+    # Number of plasticity injections; with a trigger, the largest. By default one per step given.
     injections: int | None = None
     # Steps at which to inject. By default evenly over the online phase.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # It is crossed upwards by weight_magnitude and dormant_units, downwards by all others.
+    # The trigger's: crossed upwards by weight_magnitude and dormant_units, by others downwards.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
@@ -120,11 +123,11 @@ class Args:
     l2_end: float = 2e-4
     # Steps with lambda in a period of periodic L2 (N in the paper).
     l2_on_steps: int = 50_000
-    # Steps without lambda that follow (M in the paper).
+    # Steps without lambda in a period of periodic L2, after those with it (M in the paper).
     l2_off_steps: int = 10_000
 
-    # Normalise each hidden layer of Q before its activation, so that no unit goes without a
-    # gradient, or after it, so that the inputs of the next layer are normalised: two remedies.
+    # Normalise each hidden layer of Q before its activation, so that tanh saturates less, or after
+    # it, so that the inputs of the next layer are normalised: two different remedies.
     layer_norm: Literal["none", "before", "after"] = "none"
     # LeakyReLU with a slope of 0.01 in place of the tanh of Q.
     leaky_relu: bool = False
@@ -146,7 +149,7 @@ class Args:
 
 # ---- network
 def mlp(*widths: int, layer_norm: str = "none", leaky_relu: bool = False) -> nn.Sequential:
-    """Linear layers with tanh between them (ReLU does worse here).
+    """Linear layers with tanh (ReLU does worse here) or LeakyReLU between them.
 
     `widths` are the numbers of inputs, of units of each hidden layer, and of outputs.
     """
@@ -252,9 +255,10 @@ def iql_losses(
     """
     with torch.no_grad():
         target_value = target_network(batch.obs).gather(1, batch.action)
-        td_target = batch.reward + args.gamma * ~batch.terminated * v(batch.next_obs)
+        not_terminated = ~batch.terminated
+        td_target = batch.reward + args.gamma * not_terminated * v(batch.next_obs)
 
-    # IQL eq. 5. Only V has a gradient in the advantage; below, the actor detaches it.
+    # IQL eq. 5. The advantage has a gradient for V only, and is detached in the actor's loss.
     advantage = target_value - v(batch.obs)
     v_loss = expectile_loss(advantage, args.expectile)
 
@@ -278,8 +282,8 @@ def train(args: Args) -> Path:
     check(args)  # refuses mistakes before anything is written
     settings = {**asdict(args), "version": VERSION}
     # A Run (metrics.py) is the folder of this run: settings, log and latest checkpoint. It counts
-    # the steps, from 1 or on from the checkpoint. They are cut into intervals of eval_every steps,
-    # each of which ends with an evaluation and a checkpoint.
+    # the steps, from 1 or from where the checkpoint ends. They are cut into intervals of eval_every
+    # steps, each of which ends with an evaluation and a checkpoint.
     with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
         if run.finished:
             return run.folder
@@ -299,7 +303,7 @@ def train(args: Args) -> Path:
             injected_at = []  # the steps of the injections so far
             smoothed_metric = None  # moving average of the metric of --injection-trigger
         else:
-            # The same as the latest checkpoint has them; V, the actor and the replay are filled in.
+            # The same five as at the latest checkpoint; V, actor and replay are filled in.
             loaded = load_checkpoint(run, args, q, v, actor, v_and_actor_optimizer, replay)
             q, target_network, q_optimizer, injected_at, smoothed_metric = loaded
 
@@ -423,7 +427,7 @@ def smooth(average: float | None, value: float | None) -> float | None:
 
 
 def injection_due(args: Args, step: int, injected_at: list[int], average: float | None) -> bool:
-    """At the steps given (paper 3.1), or when a metric's average crosses a threshold (6.1)."""
+    """Whether to inject: at a step given (paper 3.1), or by a metric's average (paper 6.1)."""
     if args.injection_trigger is None:
         return step in args.injection_steps
     if average is None or len(injected_at) == args.injections:
@@ -582,7 +586,7 @@ def collect(args: Args) -> dict[str, np.ndarray]:
             novelty = error / mean_square.sqrt()
             next_action = q(batch.next_obs).argmax(1, keepdim=True)
             next_value = target_network(batch.next_obs).gather(1, next_action)
-            # There is novelty beyond the goal, so that the target ignores terminated.
+            # There is novelty beyond the goal, so the target ignores terminated.
             td_target = novelty + EXPLORER_GAMMA * next_value
         q_value = q(batch.obs).gather(1, batch.action)
         q_loss = nn.functional.mse_loss(q_value, td_target)
@@ -673,7 +677,7 @@ TASKS = {
     "PointmassMedium": (MEDIUM, 1, (0.5, 0.5), (1.5, 5.5), 1.0, 150),
     "PointmassHard": (HARD, 2, (2.0, 2.0), (20.0, 20.0), 2.0, 100),
 }
-# What an action moves along axis 0 (the map's rows) and axis 1.
+# How far each action moves the point along axis 0 (the map's rows) and axis 1 (its columns).
 MOVES = ((0, 0), (0, -1), (0, 1), (-1, 0), (1, 0))
 RANGES = {"action": (0, len(MOVES) - 1), "reward": (-1e6, 1e6)}  # in a data set; all others 0..1
 
@@ -848,7 +852,7 @@ def measurements(
 ) -> dict[str, float | None]:
     """The metrics of the network that is trained, for 512 observations of the replay.
 
-    They are drawn by a random stream of their own, so that measuring changes nothing.
+    The observations are drawn by a random stream of their own, so that measuring changes nothing.
     """
     rng = np.random.default_rng((args.seed, step, 2))
     batch = replay.sample(512, rng, args.device)
@@ -898,7 +902,7 @@ def check(args: Args) -> None:
 
 
 def check_injections(args: Args) -> None:
-    """The injection settings agree with each other and with the length of the run."""
+    """Raise UserError unless the injection settings fit each other and the length of the run."""
     steps = args.injection_steps
     shown = " ".join(map(str, steps))
     if args.injection_trigger or args.injection_threshold is not None:
@@ -916,7 +920,8 @@ def check_injections(args: Args) -> None:
 
 def main() -> int:
     defaults = Args()
-    defaults.injections = None  # so that --injections 0 with --injection-steps is a contradiction
+    # Args() has made it 0, which would contradict every --injection-steps.
+    defaults.injections = None
     return metrics.command(train, defaults)
 
 

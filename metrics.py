@@ -1,9 +1,10 @@
 """What is measured, and the record of a run: the only code that both agents share.
 
 The first half is pure functions of networks, weights and activations. They change no network and
-no random stream, and they know no agent: take them to networks of your own. A *unit* is an output
-channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of Conv2d and
-Linear, without biases and normalisation parameters. The README lists the papers that are cited.
+no random stream, and need no agent, so that you can use them on networks of your own. A *unit* is
+an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of
+Conv2d and Linear, without biases and normalisation parameters. The README lists the papers that are
+cited, and says which of them is "the paper".
 
 The second half is a run's folder, log and checkpoint, which a reader may skip.
 """
@@ -34,7 +35,8 @@ from torch import nn
 from tqdm import tqdm
 
 # ---- what is measured
-# The metrics' columns in the log, and where each goes when plasticity is lost: up (1) or down (-1).
+# The metrics' columns in the log, and where each is said to go when plasticity is lost: up (1) or
+# down (-1).
 DIRECTION_WHEN_LOST = {
     "erank": -1,
     "feature_erank": -1,
@@ -66,7 +68,8 @@ def weighted_layers(network: nn.Module) -> list[nn.Module]:
 def effective_rank(matrix: torch.Tensor) -> float:
     """exp(-sum p log p) with p = s / sum(s) for the singular values s of a matrix.
 
-    (Roy & Vetterli 2007; paper section 2.) `matrix` has shape (out, ...), and a convolution's
+    It is roughly the number of singular values that are not small (Roy & Vetterli 2007; paper
+    section 2). `matrix` has shape (out, ...), and a convolution's
     weight is read as (out, in * kernel height * kernel width). The result lies between 1 and the
     rank of the matrix, and is 0 for the zero matrix. Raises FloatingPointError for NaN or infinity.
     """
@@ -78,7 +81,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
     matrix = matrix / matrix.abs().amax()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
-    # The singular values are the roots of the eigenvalues of matrix @ matrix.T, which are far
+    # The singular values are the square roots of the eigenvalues of matrix @ matrix.T, far
     # cheaper than the SVD of a 512 x 3136 layer. Squaring loses the values below 1e-8 of the
     # largest, but those are noise in float32.
     eigenvalues = torch.linalg.eigvalsh(matrix @ matrix.T)
@@ -280,17 +283,17 @@ def plasticity(
     return 100 * (1 - part_errors.clamp(max=1).mean().item())
 
 
-def measure_plasticity(network: nn.Module, obs: torch.Tensor, seed: int, **probe) -> dict:
+def measure_plasticity(network: nn.Module, obs: torch.Tensor, seed: int, **settings) -> dict:
     """`plasticity` of the network, and of a fresh twin, which has lost none.
 
     The twin's metrics of activations are measured, too, because they depend on the observations as
-    much as on the network. `probe` holds the arguments of `plasticity`.
+    much as on the network. `settings` holds the other arguments of `plasticity`.
     """
     twin = fresh_twin(network, seed)
     twin_activations = measure_activations(twin, obs)
     return {
-        "plasticity": plasticity(network, obs, seed=seed, **probe),
-        "plasticity_fresh": plasticity(twin, obs, seed=seed, **probe),
+        "plasticity": plasticity(network, obs, seed=seed, **settings),
+        "plasticity_fresh": plasticity(twin, obs, seed=seed, **settings),
         "feature_erank_fresh": twin_activations["feature_erank"],
         "dormant_units_fresh": twin_activations["dormant_units"],
     }
@@ -310,7 +313,10 @@ def flag(name: str) -> str:
 
 
 def is_of_kind(value: object, kind: object) -> bool:
-    """Whether a value is what a setting's annotation asks for; an int is a float, a bool no int."""
+    """Whether a value has the type that a setting's annotation asks for.
+
+    An int counts as a float, but a bool does not count as an int.
+    """
     options = typing.get_args(kind)
     if typing.get_origin(kind) is typing.Literal:
         return type(value) is str and value in options
@@ -326,7 +332,7 @@ def is_of_kind(value: object, kind: object) -> bool:
 def check_kinds(args, complete: bool) -> None:
     """Raise UserError for a setting that the command line would refuse, such as l2="Constant".
 
-    Before the settings are complete, one that waits for the default of its task may be None.
+    With complete=False, a setting whose default depends on the task may still be None.
     """
     for name, kind in typing.get_type_hints(type(args)).items():
         value = getattr(args, name)
@@ -372,7 +378,10 @@ def run_folder(args) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, of: Path, timeout: float) -> Iterator[None]:
-    """Hold a lock, waiting at most `timeout` seconds. Raises UserError, saying how to break it."""
+    """Hold a lock on `of`, for which it waits at most `timeout` seconds.
+
+    Raises UserError, saying how to break the lock.
+    """
     lock = filelock.FileLock(path)
     try:
         held = lock.acquire(timeout=timeout)
@@ -548,7 +557,7 @@ def replace_file(path: Path, content: bytes) -> None:
 
 
 def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
-    """Write pictures as a GIF of at most 60 s, mostly below 2 MB. Its failure ends no run."""
+    """Write pictures as a GIF of at most 60 s, mostly below 2 MB. A failure ends no run."""
     try:
         step = max(1, fps // 25)  # 25 frames a second are enough
         pictures = []
@@ -572,9 +581,10 @@ def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
 def command(train: Callable, defaults: object) -> int:
     """Train with the command line's settings.
 
-    Returns 0, or after one line 1 for a fault on the way, 2 for a mistake, 130 if stopped.
+    Returns the exit code. 0: done. Otherwise, after one line that says what happened, 1: a fault on
+    the way; 2: a user's mistake; 130: stopped.
     """
-    # From Slurm, it stops like Ctrl-C.
+    # SIGTERM, which Slurm sends, stops a run as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         # `--help | head -1` ends without a word.
