@@ -1,8 +1,8 @@
-"""Figures and tables from the logs of both agents, also of unfinished runs: python plot.py runs/
+"""Draws figures and prints tables from the logs of both agents: python plot.py runs/
 
-A line is the mean over the seeds of a variant, its band the 95 % t-interval. Where only some of
-the seeds have arrived, the line is their mean and has no band. Returns are moving averages, with
-a thin line of what is not smoothed; nothing else is smoothed.
+Unfinished runs are drawn, too. A line is the mean over the seeds of a variant, its band the 95 %
+t-interval. Where only some of the seeds have arrived, the line is their mean and has no band.
+Returns are smoothed by a moving average, and a thin line shows the values as they are.
 
 Runs whose settings differ are never averaged: each gets a line of its own, which names the
 settings that differ. Variants are compared with the standard agent seed by seed: each run with
@@ -18,6 +18,7 @@ import signal
 import sys
 import textwrap
 import zipfile
+import zlib
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -42,10 +43,10 @@ COLUMNS = {
     "plasticity": "Plasticity (%)",
 }
 SMOOTHED = ("eval_return", "train_return")
-RESULTS = ("score", *SMOOTHED)  # these have a figure of their differences from the standard agent's
+RESULTS = ("score", *SMOOTHED)  # a figure shows their differences from the standard agent
 
-# All variants whose names begin like this have this colour, in every figure. The legends have this
-# order. A variant that begins like none of them has the last colour.
+# A variant has the colour of the first of these that its name begins with, so the longer names come
+# first; "" matches every name. The legends have the same order.
 blue, orange, green, red, purple, brown, pink, grey, yellow, sky = sns.color_palette("colorblind")
 COLOURS = {
     "standard": "black",
@@ -63,21 +64,23 @@ COLOURS = {
     "": grey,
 }
 FONT_SCALE = 0.9
-ALL = "0.5"  # the grey of legend entries that stand for all variants
+NEUTRAL = "0.5"  # grey, for legend entries that apply to all variants
 
 # Returns that are known from elsewhere, drawn as horizontal lines
 LEVELS = {
-    "MsPacman": {"human": 6951.6, "random actions": 307.3},  # Mnih et al. 2015, Wang et al. 2016
+    "MsPacman": {"human": 6951.6, "random actions": 307.3},  # Wang et al. 2016, Mnih et al. 2015
     "LunarLander": {"solved": 200},  # by definition
     "PointmassHard": {"optimum": -33},  # by dynamic programming
 }
-DIGITS_TASK = (
-    1_500  # steps of a task of Digits, which is one episode; a correct action has reward 1
-)
+# Steps of a task of Digits: one episode, with reward 1 for each correct action.
+DIGITS_TASK = 1_500
 
-# Settings that begin like this belong to a remedy. Only they may differ between a run and the
-# standard run that it is compared with.
+# Settings whose names begin with one of these belong to a remedy. Only they may differ between a
+# run and the standard run that it is compared with.
 REMEDIES = ("variant", "injection", "l2", "layer_norm", "leaky_relu")
+
+# What the picture of a run in the maze holds.
+PICTURE = ("maze", "start", "goal", "coverage", "value", "trajectories")
 
 
 # ---- reading
@@ -91,6 +94,8 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
         raise ValueError("its name is not <env>__<variant>__seed<k>")
     env, variant, _ = parts
     settings = json.loads((folder / "config.json").read_text())
+    if not isinstance(settings, dict):
+        raise TypeError("config.json is no table of settings")
     log = read_log(folder / "log.csv")
 
     total = settings.get("total_steps") or settings["offline_steps"] + settings["online_steps"]
@@ -107,7 +112,7 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     if env == "Digits" and "train_return" in log:
         log["score"] = 100 * log.pop("train_return") / DIGITS_TASK
 
-    settings["device"] = ""  # the same run on another device is not another variant
+    settings.pop("device", None)  # the same run on another device is not another variant
     settings["env"] = env
     settings["variant"] = variant
     settings = {key: str(value) for key, value in settings.items()}
@@ -164,13 +169,20 @@ def read_runs(roots: list[Path]) -> pd.DataFrame:
             if not is_run and any(path.is_dir() for path in folder.iterdir()):
                 continue  # a folder of runs
             log, config = read_run(folder)
-            if config in settings.values():
-                raise ValueError("another folder holds the same run")
-            logs[folder] = log
-            settings[folder] = config
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, KeyError) as error:
             # These are the errors that damaged files lead to.
             left_out.append(f"left out {folder}: {error}")
+            continue
+        same = [other for other in settings if settings[other] == config]
+        if same and log.step.max() <= logs[same[0]].step.max():
+            left_out.append(f"left out {folder}: {same[0]} holds the same run")
+            continue
+        if same:  # the longer log counts
+            left_out.append(f"left out {same[0]}: {folder} holds the same run")
+            logs.pop(same[0])
+            settings.pop(same[0])
+        logs[folder] = log
+        settings[folder] = config
     if not logs:
         searched = ", ".join(map(str, roots))
         raise ValueError("; ".join([f"no run in {searched}", *left_out]))
@@ -190,15 +202,18 @@ def read_runs(roots: list[Path]) -> pd.DataFrame:
 
 
 def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
-    """Returns what the picture of the maze needs, from one run of each variant."""
+    """Returns what the picture of the maze needs, of the first run of each variant that has it."""
     pictures = {}
-    for label, run in log.groupby("label").run.unique().explode().items():
+    runs = log[["label", "run"]].drop_duplicates().sort_values("label", kind="stable")
+    for label, run in runs.itertuples(index=False):
         path = Path(run, "picture.npz")
-        if not path.exists():  # another task, or a run that is not finished
+        # Other tasks and unfinished runs have none.
+        if label in pictures or not path.exists():
             continue
         try:
-            pictures[label] = dict(np.load(path))
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            with np.load(path) as file:
+                pictures[label] = {name: file[name] for name in PICTURE}
+        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
             print(f"left out {path}: {error}", file=sys.stderr)
     return pictures
 
@@ -207,8 +222,9 @@ def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
 
 
 def line_styles(labels: list[str]) -> dict[str, dict]:
-    """Returns a style for each label, in the order of the legends. Combinations and other settings
-    of a variant have darker shades of its colour, and dashes."""
+    """Returns a style for each label, in the order of the legends.
+
+    Labels that share a colour differ in shade and dashes."""
     styles = {}
     for start, colour in COLOURS.items():
         shades = sns.dark_palette(colour, 4, reverse=True)
@@ -222,18 +238,20 @@ def line_styles(labels: list[str]) -> dict[str, dict]:
 
 def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
     """Returns a column per run and a row for every step where one of them was measured."""
-    runs = log.pivot_table(index="step", columns="run", values=column)
+    # A run that has no value yet keeps its column, for it belongs to its variant's seeds.
+    runs = log.pivot_table(index="step", columns="run", values=column, dropna=False)
+    runs = runs.dropna(how="all")
     for run in runs:
         runs[run] = runs[run].dropna().ewm(alpha=1 - smooth).mean()
-    # Runs may be measured at different steps. A run is straight between two of its values, and
-    # absent before its first and after its last.
+    # Runs may be measured at different steps. Between two of its measurements a run is
+    # interpolated; before its first and after its last it is missing.
     return runs.interpolate("index", limit_area="inside")
 
 
 def minus_standard(runs: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:
     """Returns `runs`, a column per run, less the standard run that each is compared with.
 
-    Left out are the standard runs, and those that have none to be compared with."""
+    Standard runs, and runs without a matching standard run, are left out."""
     about = log.groupby("run")[["variant", "pair"]].first().loc[runs.columns]
     standard = {}
     for run, variant, pair in about.itertuples():
@@ -292,8 +310,8 @@ def draw(
         draw_thin(ax, log, twins, styles, look, "freshly initialised twin")
     if not difference:
         draw_levels(ax, log, column)
-        # What has been drawn so far decides the limits of the axis. The rest may leave the panel.
-        # But of a difference the band is what matters.
+        # The limits are fixed now, so that bands and thin lines, which may be far wider, are cut
+        # off. In a figure of differences the band matters, so there they are left free.
         ax.set_ylim(ax.get_ylim())
     for label, line in lines.items():
         colour = styles[label]["color"]
@@ -314,7 +332,7 @@ def draw_thin(
     for label, line in summarise_variants(log, runs).items():
         marker = "." if len(line) == 1 else None
         ax.plot(line["mean"], color=styles[label]["color"], marker=marker, zorder=1.9, **look)
-    ax.plot([], [], color=ALL, label=name, **look)
+    ax.plot([], [], color=NEUTRAL, label=name, **look)
 
 
 def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict) -> None:
@@ -329,7 +347,7 @@ def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict) -> None:
             colour = styles[label]["color"]
             ax.axvline(step, color=colour, linestyle=dashes, linewidth=1, zorder=1.8)
     if len(injections):
-        ax.plot([], [], color=ALL, linestyle="--", linewidth=1, label="injection")
+        ax.plot([], [], color=NEUTRAL, linestyle="--", linewidth=1, label="injection")
 
     triggered = log[log.injected & log.triggered]
     for row, (label, injections) in enumerate(triggered.groupby("label")):
@@ -338,22 +356,22 @@ def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict) -> None:
         foot = 0.01 + 0.045 * row
         ax.vlines(injections.step, foot, foot + 0.035, color=colour, transform=edge)
     if len(triggered):
-        ax.plot([], [], "|", color=ALL, markeredgewidth=1.5, label="injection when triggered")
+        ax.plot([], [], "|", color=NEUTRAL, markeredgewidth=1.5, label="injection when triggered")
 
 
 def draw_levels(ax: plt.Axes, log: pd.DataFrame, column: str) -> None:
     """Draws the levels that the returns or scores are read against."""
     levels = {}
-    if column in ("eval_return", "train_return"):
+    if column in SMOOTHED:
         levels = LEVELS.get(log.env.iloc[0], {})
     if column == "score":
         standard = log[log.variant == "standard"].dropna(subset="score")
-        if len(standard):
+        if standard.label.nunique() == 1:  # otherwise there are several kinds of fresh networks
             first_task = standard.groupby("run").score.first()
             levels = {"fresh network": round(first_task.mean(), 1)}
     bottom, top = ax.get_ylim()
     for (name, level), dashes in zip(levels.items(), ("--", ":")):
-        # The human level of MsPacman would flatten all curves that are far below it.
+        # A goal is always shown. Other levels are not where they would flatten the curves.
         if bottom <= level <= top or name in ("solved", "optimum"):
             text = f"{name}: {level:g}"
             ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1, label=text)
@@ -424,9 +442,9 @@ def draw_figure(
     if "phase" in log:
         x_label = "steps, first offline, then online"
     if columns == ["score"]:
-        # The score is in the first row after the end of its task.
+        # A score is logged after its task has ended, so this is the task's number, from 1.
         log = log.assign(step=log.step // DIGITS_TASK)
-        x_label = "task (1,500 steps each)"
+        x_label = f"task ({DIGITS_TASK:,} steps each)"
 
     figure, axes = new_figure(len(columns))
     for ax, column in zip(axes, columns):
@@ -435,7 +453,8 @@ def draw_figure(
         draw(ax, log, column, smooth, difference)
         ax.set_title(COLUMNS[column], loc="left")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
-    for ax in axes[-3:]:  # the lowest in each column
+    panels_across = axes[0].get_gridspec().ncols
+    for ax in axes[-panels_across:]:  # the lowest in each column
         ax.set_xlabel(x_label)
     labels = list(log.label.unique())
     if len(columns) == 1 and len(labels) <= 6 and max(map(len, labels)) <= 34:
@@ -543,7 +562,8 @@ def table(log: pd.DataFrame) -> pd.DataFrame:
                 shared = f" ({len(difference)})" if len(difference) else ""
                 row[f"{name}, minus standard (shared seeds)"] = cell(difference, "+.4g") + shared
         for name in others:
-            # A row of the log has the mean of the episodes since the last row, be they one or many.
+            # A row holds the mean over its episodes, so rows of few episodes count as much as
+            # others.
             heading = name.replace("train_return", "train_return (mean over rows)")
             row[heading] = number(last.loc[runs.index, name].mean())
         rows.append(row)
@@ -553,8 +573,8 @@ def table(log: pd.DataFrame) -> pd.DataFrame:
 def relative_metrics(log: pd.DataFrame) -> dict[str, pd.Series]:
     """Returns each metric in the rows with plasticity, compared with its twin's where it has one.
 
-    Plasticity is divided by its twin's; from another metric its twin's is subtracted. In logs of
-    older versions plasticity alone has a twin's: the names say what the values are."""
+    Plasticity is divided by its twin's value. From another metric that has a twin's value, that
+    value is subtracted, and its name says so. In older logs only plasticity has one."""
     if "plasticity" not in log or "plasticity_fresh" not in log:
         return {}
     rows = log[log.plasticity.notna() & (log.plasticity_fresh > 0)]
@@ -582,8 +602,8 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
     """Returns the rank correlation of each metric with relative plasticity, in Digits also with
     the score of the task that follows. A metric that tracks plasticity has the expected sign.
 
-    It is that over all rows, and the median over the runs of that of the changes from a row to
-    the next: two trends in time always correlate, their changes need not."""
+    There are two numbers: the correlation over all rows, and the median over the runs of the
+    correlation of changes from row to row. Two trends always correlate; their changes need not."""
     metrics = relative_metrics(log)
     aims = {"relative plasticity": metrics["plasticity"]}
     if "score" in log:
@@ -665,7 +685,8 @@ def main() -> None:
         figures["overview"] = draw_figure(log, columns, args.smooth)
         compared = []
         for column in columns:
-            if column in RESULTS and len(minus_standard(curves(log, column, 0), log).columns):
+            differences = minus_standard(curves(log, column, 0), log)
+            if column in RESULTS and differences.notna().any(axis=None):
                 compared.append(column)
         if compared:
             figures["differences"] = draw_figure(log, compared, args.smooth, difference=True)
@@ -688,6 +709,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if hasattr(signal, "SIGPIPE"):  # not on Windows
-        # End without a word when the reader of the tables, such as `head`, has seen enough.
+        # End silently when the reader of the tables, such as `head`, closes the pipe.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     main()

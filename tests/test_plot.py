@@ -364,7 +364,7 @@ def test_other_settings_are_another_line_and_the_same_run_counts_once(tmp_path, 
             )
     write_run(tmp_path / "c", "Task__l2-constant__seed1", [1, 2], l2_lambda=0.01)
     shutil.copytree(tmp_path / "b", tmp_path / "copy of b")
-    assert command(tmp_path)[2].count("another folder holds the same run") == 2
+    assert command(tmp_path)[2].count("holds the same run") == 2
     runs = read(tmp_path).groupby("label").run.nunique()
     one, other, lacking = (
         "l2_lambda=0.001, gamma=0.9",
@@ -1089,3 +1089,50 @@ def test_a_reader_that_has_seen_enough_leaves_no_traceback():
     done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
     assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
+
+
+def test_a_seed_without_a_value_yet_leaves_its_variant_without_a_band(tmp_path):
+    """Three seeds run, and only two of them have been evaluated."""
+    write_run(tmp_path, "Task__standard__seed1", [1, 2])
+    write_run(tmp_path, "Task__standard__seed2", [3, 4])
+    unmeasured = write_run(tmp_path, "Task__standard__seed3", [0, 0])
+    write_log(unmeasured, DQN, [[1_000, -1, "", 0, 10, 50], [2_000, -1, "", 0, 10, 50]])
+    log = read(tmp_path)
+    (line,) = plot.summarise_variants(log, plot.curves(log, "eval_return", 0)).values()
+    np.testing.assert_allclose(line["mean"], [2, 3])
+    assert line.low.isna().all()
+    assert line.high.isna().all()
+
+
+@pytest.mark.parametrize("place", [0.2, 0.5, 0.8])
+def test_a_picture_with_a_few_damaged_bytes_is_left_out(command, tmp_path, place):
+    source = LOGS / "PointmassHard__injection-1__seed1"
+    damaged = shutil.copytree(source, tmp_path / source.name)
+    content = bytearray((damaged / "picture.npz").read_bytes())
+    start = int(place * len(content))
+    for i in range(start, start + 8):
+        content[i] ^= 0xFF
+    (damaged / "picture.npz").write_bytes(content)
+    code, _, notes = command(damaged)
+    assert code == 0
+    assert f"left out {damaged}/picture.npz: " in notes
+
+
+def test_of_two_folders_with_the_same_run_the_longer_log_counts(tmp_path, capsys):
+    write_run(tmp_path / "a", "Task__standard__seed1", [1, 2], total=4_000)
+    write_run(tmp_path / "b", "Task__standard__seed1", [1, 2, 3, 4], total=4_000)
+    write_run(tmp_path / "c", "Task__standard__seed1", [1], total=4_000)
+    log = read(tmp_path)
+    assert log.step.tolist() == [1_000, 2_000, 3_000, 4_000]
+    assert capsys.readouterr().err.count("b/Task__standard__seed1 holds the same run") == 2
+
+
+def test_the_level_of_a_fresh_network_is_not_drawn_for_standard_agents_of_several_kinds(tmp_path):
+    for gamma in (0.5, 0.9):
+        folder = write_digits_run(tmp_path / str(gamma), "Digits__standard__seed1", [30, 20])
+        config = folder / "config.json"
+        settings = json.loads(config.read_text())
+        settings["gamma"] = gamma
+        config.write_text(json.dumps(settings))
+    figure = draw(read(tmp_path), ["score"])
+    assert not [name for name in legend(figure) if name.startswith("fresh network")]
