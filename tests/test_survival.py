@@ -94,12 +94,20 @@ PROCESSES.set_forkserver_preload(["dqn_plasticity", "iql_pointmass_finetune", *S
 
 @contextlib.contextmanager
 def short():
-    """Rows and episodes that are as short as these runs."""
-    episodes = functools.partial(AtariVectorEnv, max_num_frames_per_episode=240)
+    """Rows, episodes and samples for the metrics that are as small as these runs."""
+    episodes = functools.partial(AtariVectorEnv, max_num_frames_per_episode=160)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics.Run, "row_due", row_due_twice_an_interval)
+        patch.setattr(dqn.Replay, "draw", draw_at_most_64)
         patch.setattr(dqn, "AtariVectorEnv", episodes)
         yield
+
+
+DRAW = dqn.Replay.draw
+
+
+def draw_at_most_64(replay, count, rng):
+    return DRAW(replay, min(count, 64), rng)
 
 
 def row_due_twice_an_interval(run, step):
