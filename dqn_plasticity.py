@@ -447,7 +447,8 @@ def train(args: Args) -> Path:
                     }
                 )
         replay.close()
-        replay_path.unlink()  # of no more use, and up to 7 GB on Atari
+        # It is of no more use, and takes up to 7 GB on Atari.
+        replay_path.unlink()
         return run.folder
 
 
@@ -585,9 +586,11 @@ class Replay:
         # A new run creates the file. What a killed one has left there, it never reads.
         path.touch()
         size = self.length * self.slot.itemsize
-        self.was_whole = path.stat().st_size == size  # not in a new run
+        # It is not whole in a new run.
+        self.was_whole = path.stat().st_size == size
         self.file = open(path, "r+b")  # noqa: SIM115 - it stays open during the run
-        self.file.truncate(size)  # most file systems give it no disk before it is written
+        # Most file systems give it no disk before it is written.
+        self.file.truncate(size)
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ring = np.frombuffer(self.map, self.slot)
         self.next = 0  # the slot to be written
@@ -887,24 +890,15 @@ def measurements(
 
 
 # ---- checks of the settings
-# The range of each number; those that are not listed may be 0 or more.
+# The range of each number that metrics.check does not know; by default 0 or more.
 BOUNDS = {
     "total_steps": (1, np.inf),
-    "eval_every": (1, np.inf),
-    "eval_episodes": (1, np.inf),
-    "plasticity_every": (1, np.inf),
-    "plasticity_updates": (10, np.inf),
-    "learning_rate": (1e-12, np.inf),
-    "injections": (0, 1_000),
-    "gamma": (0, 1),
-    "batch_size": (1, np.inf),
     "buffer_size": (2, np.inf),
     "train_frequency": (1, np.inf),
     "target_network_frequency": (1, np.inf),
     "start_e": (0, 1),
     "end_e": (0, 1),
     "exploration_fraction": (0, 1),
-    "l2_on_steps": (1, np.inf),
 }
 
 

@@ -344,14 +344,31 @@ def check_kinds(args, complete: bool) -> None:
             raise UserError(f"{flag(name)} {value!r} must be {expected}")
 
 
+# The range of each number that both agents have.
+BOUNDS = {
+    "eval_every": (1, math.inf),
+    "eval_episodes": (1, math.inf),
+    "plasticity_every": (1, math.inf),
+    "plasticity_updates": (10, math.inf),
+    "learning_rate": (1e-12, math.inf),
+    "gamma": (0, 1),
+    "batch_size": (1, math.inf),
+    "injections": (0, 1_000),
+    "l2_on_steps": (1, math.inf),
+}
+
+
 def check(args, bounds: dict[str, tuple[float, float]]) -> None:
-    """Raise UserError for a setting that is wrong in itself. Numbers lie in 0..inf by default."""
+    """Raise UserError for a setting that is wrong in itself.
+
+    `bounds` are the ranges of further numbers. One that has no range may be 0 or more.
+    """
     check_kinds(args, complete=True)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA GPU here; use cpu")
     for name, value in vars(args).items():
         if isinstance(value, int | float):
-            low, high = bounds.get(name, (0, math.inf))
+            low, high = {**BOUNDS, **bounds}.get(name, (0, math.inf))
             inside = low <= value <= high and value < math.inf
             if not inside:
                 raise UserError(f"{flag(name)} {value} must lie in {low}..{high}")
