@@ -366,9 +366,10 @@ def check(args, bounds: dict[str, tuple[float, float]]) -> None:
     check_kinds(args, complete=True)
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: no CUDA GPU here; use cpu")
+    ranges = {**BOUNDS, **bounds}
     for name, value in vars(args).items():
         if isinstance(value, int | float):
-            low, high = {**BOUNDS, **bounds}.get(name, (0, math.inf))
+            low, high = ranges.get(name, (0, math.inf))
             inside = low <= value <= high and value < math.inf
             if not inside:
                 raise UserError(f"{flag(name)} {value} must lie in {low}..{high}")
