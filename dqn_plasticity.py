@@ -62,7 +62,7 @@ DEFAULTS_BY_TASK = {
     "total_steps":              (2_000_000,  300_000,    60_000),
     "eval_every":               (25_000,     10_000,     1_500),
     "plasticity_every":         (100_000,    2_000,      1_500),
-    "plasticity_updates":       (700,        30,         150),
+    "plasticity_updates":       (700,        25,         150),
     "learning_rate":            (1e-4,       1e-3,       1e-3),
     "adam_eps":                 (1e-4,       1e-4,       1e-8),
     "gamma":                    (0.99,       0.99,       0.5),
@@ -106,7 +106,7 @@ class Args:
     eval_episodes: int = 10
     # Steps between measurements of plasticity.
     plasticity_every: int = None
-    # Updates of the copy that is trained to measure plasticity, a multiple of ten.
+    # Updates of the copy that is trained to measure plasticity, at least ten.
     plasticity_updates: int = None
 
     # Learning rate of Adam.

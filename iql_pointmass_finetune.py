@@ -88,7 +88,7 @@ class Args:
     eval_episodes: int = 50
     # Steps between measurements of plasticity.
     plasticity_every: int = 2_000
-    # Updates of the copy that is trained to measure plasticity, a multiple of ten.
+    # Updates of the copy that is trained to measure plasticity, at least ten.
     plasticity_updates: int = 120
 
     # Learning rate of Adam, for Q, V and the actor.

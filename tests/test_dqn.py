@@ -888,7 +888,6 @@ MISTAKES = """--env MsPackman => MsPacman; --env Pendulum => Discrete; --env Fro
 --env Digits --buffer-size 1 --batch-size 1 => --buffer-size;
 --env CartPole --learning-starts 300000 => --total-steps;
 --env Digits --eval-every 1000 => 1500; --env Digits --learning-starts 1500 => 1500;
---env Digits --plasticity-updates 15 => multiple of 10;
 --env Digits --plasticity-updates 0 => 10..inf; --env Digits --plasticity-every 0 => 1..inf;
 --env Digits --l2 sometimes => incremental; --env Digits --layer-norm True => before;
 --total-steps many => --total-steps; --no-such-flag => --no-such-flag;
@@ -905,7 +904,7 @@ def test_a_mistake_ends_with_one_message_before_anything_is_written(mistake, mes
 # Of Atari, of other tasks, of Digits; one value: of all
 DEFAULTS = """env MsPacman LunarLander Digits, seed 1, bf16 False, total_steps 2000000 300000 60000,
 eval_every 25000 10000 1500, eval_episodes 10, plasticity_every 100000 2000 1500,
-plasticity_updates 700 30 150, learning_rate 0.0001 0.001 0.001, adam_eps 0.0001 0.0001 1e-08,
+plasticity_updates 700 25 150, learning_rate 0.0001 0.001 0.001, adam_eps 0.0001 0.0001 1e-08,
 gamma 0.99 0.99 0.5, batch_size 32 128 32, buffer_size 1000000 300000 1500,
 learning_starts 20000 20000 32, train_frequency 4 2 1, target_network_frequency 2000 250 100,
 start_e 1.0 1.0 0.05, end_e 0.01 0.1 0.05, exploration_fraction 0.5 0.1 0.0,

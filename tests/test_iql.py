@@ -629,7 +629,6 @@ MISTAKES = """--expectile 1.5 => --expectile 1.5 must lie in 0..1;
 --offline-steps 0 --online-steps 0 => not both be 0;
 --dataset nowhere.npz => nowhere.npz cannot be read;
 --beta -1 => --beta -1.0 must lie in 0..inf;
---plasticity-updates 15 => multiple of 10;
 --layer-norm True => before;
 --injections 1 --injection-trigger dormant_units --injection-threshold 5 => needs --leaky-relu;
 --env Pointmass => PointmassHard"""

@@ -369,7 +369,7 @@ ADAM = {
     "Digits": (1e-3, 1e-8, 0.9, 0.999),
 }
 BATCH_SIZES = {"MsPacman": 32, "LunarLander": 128, "Digits": 32}
-PROBE_UPDATES = {"MsPacman": 700, "LunarLander": 30, "Digits": 150}
+PROBE_UPDATES = {"MsPacman": 700, "LunarLander": 25, "Digits": 150}
 
 
 @pytest.mark.parametrize("env", ADAM)
