@@ -250,8 +250,10 @@ def plasticity(
     above the learning curve in percent (after Lyle et al. 2022 and 2023, and Moalla et al. 2024).
 
     The score holds for this learning rate only. It is None if all observations are alike, for then
-    there is no change to learn.
+    there is no change to learn. Raises ValueError for fewer than ten updates.
     """
+    if updates < 10:
+        raise ValueError(f"{updates} updates are too few for ten parts of a learning curve")
     if (obs == obs[0]).all():
         return None
     generator = torch.Generator().manual_seed(seed)

@@ -330,6 +330,11 @@ def test_plasticity_closed_form_of_a_linear_network(learning_rate, updates):
         assert score == pytest.approx(expected, abs=1e-3)
 
 
+def test_plasticity_of_fewer_than_ten_updates_is_refused():
+    with pytest.raises(ValueError, match="9 updates are too few"):
+        metrics.plasticity(nn.Linear(1, 1), torch.tensor([[-1.0], [1.0]]), updates=9)
+
+
 def two_layers():
     return nn.Sequential(nn.Linear(4, 32), nn.ReLU(), nn.Linear(32, 3))
 
