@@ -511,21 +511,28 @@ def draw_maze(ax: plt.Axes, picture: dict, cells: np.ndarray, title: str) -> Non
 # ---- tables
 
 
-def number(value: float, form: str = ".4g") -> str:
-    return "-" if np.isnan(value) else f"{value:{form}}"
+def decimals(size: float) -> int:
+    """Returns how many decimals give a number of this size three significant digits."""
+    if size == 0:
+        return 0
+    return max(0, 2 - math.floor(math.log10(size)))
 
 
-def cell(values: pd.Series, form: str = ".4g") -> str:
+def cell(values: pd.Series, sign: str = "") -> str:
     """The mean over the runs that have a value, and its 95 % t-interval if there are several."""
     values = values.dropna()
-    mean, low, high = summarise(values.to_frame().T).iloc[0]
-    if len(values) < 2:
-        return number(mean, form)
-    return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+    numbers = summarise(values.to_frame().T).iloc[0].dropna()
+    if numbers.empty:
+        return "-"
+    places = decimals(numbers.abs().max())
+    mean, *interval = [f"{value:{sign}.{places}f}" for value in numbers]
+    if not interval:
+        return mean
+    return f"{mean} [{', '.join(interval)}]"
 
 
 def results(log: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per finished run: its evaluation returns, and of Digits its scores."""
+    """Returns a row per finished run: its scores or returns, and its relative plasticity."""
     final = log[log.final]
     finished = log[log.run.isin(final.run)]
     columns = {}
@@ -539,31 +546,40 @@ def results(log: pd.DataFrame) -> pd.DataFrame:
     if "eval_return" in log:
         columns["eval_return, whole run"] = finished.groupby("run").eval_return.mean()
         columns["eval_return, last 10 %"] = final.groupby("run").eval_return.mean()
+    if "train_return" in log:
+        # A row holds the mean over its episodes, so rows of few episodes count as much as others.
+        name = "train_return, last 10 % (mean over rows)"
+        columns[name] = final.groupby("run").train_return.mean()
+    metrics = relative_metrics(final)
+    if "plasticity" in metrics:
+        of_runs = metrics["plasticity"].groupby(final.run).mean()
+        columns["relative plasticity, last 10 %"] = of_runs
     return pd.DataFrame(columns, index=finished.run.unique())
 
 
-def table(log: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per variant: the results of its finished runs, their difference from the
-    standard agent's, and the means of everything else over the last 10 % of the run."""
-    of_runs = results(log)
-    differences = minus_standard(of_runs.T, log).T
-    others = [name for name in COLUMNS if name in log and name not in ("score", "eval_return")]
-    last = log[log.final].groupby("run")[others].mean()
-    labels = log[log.final].groupby("run").label.first()
+def by_variant(of_runs: pd.DataFrame, log: pd.DataFrame, sign: str = "") -> pd.DataFrame:
+    """Returns a row per variant: the mean and interval of each column of `of_runs`, which has a
+    row per run."""
+    labels = log.groupby("run").label.first()[of_runs.index]
     rows = []
-    for label, runs in labels.groupby(labels):
+    for label, runs in of_runs.groupby(labels, observed=True):
         row = {"variant": label, "seeds": str(len(runs))}
-        for name in of_runs:
-            row[name] = cell(of_runs.loc[runs.index, name])
-            if len(differences):
-                difference = differences[name].reindex(runs.index).dropna()
-                shared = f" ({len(difference)})" if len(difference) else ""
-                row[f"{name}, minus standard (shared seeds)"] = cell(difference, "+.4g") + shared
-        for name in others:
-            # A row holds the mean over its episodes, so rows of few episodes count as much as
-            # others.
-            heading = name.replace("train_return", "train_return (mean over rows)")
-            row[heading] = number(last.loc[runs.index, name].mean())
+        for name, values in runs.items():
+            row[name] = cell(values, sign)
+        rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def metrics_by_variant(log: pd.DataFrame) -> pd.DataFrame:
+    """Returns a row per variant: the means of the metrics over the last 10 % of finished runs."""
+    names = [name for name in DIRECTION_WHEN_LOST if name in log]
+    of_runs = log[log.final].groupby("run")[names].mean()
+    labels = log.groupby("run").label.first()[of_runs.index]
+    rows = []
+    for label, runs in of_runs.groupby(labels, observed=True):
+        row = {"variant": label}
+        for name in names:
+            row[name] = cell(runs[[name]].mean())
         rows.append(row)
     return pd.DataFrame(rows)
 
@@ -618,10 +634,10 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
             changes = pairs.groupby(log.run).diff().dropna()
             within = [spearman(of_run) for _, of_run in changes.groupby(log.run)]
             median = pd.Series(within, dtype=float).median()
-            row[aim] = number(spearman(pairs), ".2f")
-            row[f"{aim}, changes within runs"] = number(median, ".2f")
+            row[aim] = f"{spearman(pairs):.2f}"
+            row[f"{aim}, changes within runs"] = f"{median:.2f}"
         rows.append(row)
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).replace("nan", "-")
 
 
 # ---- the command
@@ -692,7 +708,13 @@ def main() -> None:
         if pictures:
             figures["picture"] = draw_picture(pictures)
         if log.final.any():
-            tables[env] = table(log)
+            of_runs = results(log)
+            tables[env] = by_variant(of_runs, log)
+            differences = minus_standard(of_runs.T, log).T
+            if len(differences):
+                title = f"{env}: difference from the standard agent, paired by seed"
+                tables[title] = by_variant(differences, log, "+")
+            tables[f"{env}: metrics, mean over the last 10 %"] = metrics_by_variant(log)
         if len(relative_metrics(log)) > 1:  # plasticity, and something to compare it with
             figures["correlations"] = draw_correlations(log)
             tables[f"{env}: which metric tracks plasticity?"] = correlations(log)

@@ -105,9 +105,16 @@ def line(ax, name):
     return np.asarray(drawn.get_xdata()), np.asarray(drawn.get_ydata())
 
 
-def interval(mean, margin, sign=""):
-    """A cell of the table."""
-    return f"{mean:{sign}.4g} [{mean - margin:{sign}.4g}, {mean + margin:{sign}.4g}]"
+def table(*folders):
+    """The table of results, a row per variant."""
+    log = read(*folders)
+    return plot.by_variant(plot.results(log), log).set_index("variant")
+
+
+def difference_table(*folders):
+    log = read(*folders)
+    differences = plot.minus_standard(plot.results(log).T, log).T
+    return plot.by_variant(differences, log, "+").set_index("variant")
 
 
 def moving_average(values, weight):
@@ -242,12 +249,12 @@ def test_digits_table_has_the_first_and_the_last_tasks(tmp_path):
     scores = {1: np.arange(20) + 10.0, 2: np.arange(20) + 30.0}
     for seed, values in scores.items():
         write_digits_run(tmp_path, f"Digits__standard__seed{seed}", values)
-    (row,) = plot.table(read(tmp_path)).to_dict("records")
-    margin = 12.7062 * 10  # Student's t for two seeds that differ by 20
-    assert row["score, first 8 tasks"] == interval(23.5, margin)  # 10..17 and 30..37
-    assert row["score, last 8 tasks"] == interval(35.5, margin)
-    assert row["score, whole run"] == interval(29.5, margin)
-    assert row["seeds"] == "2" and row["erank"] == "10"
+    row = table(tmp_path).loc["standard"]
+    # Tasks 10..17 and 30..37. The margin is Student's t for two seeds that differ by 20, 127.062.
+    assert row["score, first 8 tasks"] == "24 [-104, 151]"
+    assert row["score, last 8 tasks"] == "36 [-92, 163]"
+    assert row["score, whole run"] == "30 [-98, 157]"
+    assert row["seeds"] == "2"
 
 
 def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
@@ -399,8 +406,9 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     (tmp_path / "Task__standard__seed5" / "config.json").write_text("{")
     (tmp_path / "Task__standard__seed6" / "log.csv").write_bytes(bytes(range(256)))
     (tmp_path / "notes").mkdir()
-    code, table, notes = command(tmp_path, columns=("eval_return", "erank"))
-    assert code == 0 and len(table.strip().splitlines()) == 3  # the name, the head, standard
+    code, tables, notes = command(tmp_path, columns=("eval_return", "erank"))
+    # Two tables, each of a name, a head and the standard agent, and an empty line between them.
+    assert code == 0 and len(tables.strip().splitlines()) == 7
     assert "seed2/log.csv: left out 4 damaged or half-written line(s)" in notes
     assert "seed2: unfinished at step 4,000, not in the table" in notes
     assert (
@@ -453,20 +461,41 @@ def test_table_and_markdown(tmp_path, command, monkeypatch):
     for seed, values in returns.items():
         write_run(tmp_path, f"Task__standard__seed{seed}", values, erank=seed)
     columns = ("eval_return", "train_return", "erank")
-    whole = interval(14.25, 12.7062 * 4.75)
-    last = interval(27.75, 12.7062 * 9.25)
     names = ["variant", "seeds", "eval_return, whole run", "eval_return, last 10 %"]
-    names += ["train_return (mean over rows)", "erank"]
-    values = ["standard", "2", whole, last, "-27.75", "1.5"]
+    names += ["train_return, last 10 % (mean over rows)"]
+    # Student's t is 12.7062: the margins are 12.7062 * 4.75 and 12.7062 * 9.25.
+    values = ["standard", "2", "14.2 [-46.1, 74.6]", "28 [-90, 145]", "-28 [-145, 90]"]
     _, text, _ = command(tmp_path, columns=columns)
     assert re.search(" +".join(map(re.escape, values)), text)
+    assert re.search(r"variant +erank +updated_units\n *standard +1\.50 +50\.0\n", text)
     _, markdown, _ = command(tmp_path, "--table", columns=columns)
     rule = ["---"] * len(names)
     rows = [f"| {' | '.join(row)} |" for row in (names, rule, values)]
-    assert markdown.splitlines() == ["### Task", "", *rows, ""]
+    metrics = ["### Task: metrics, mean over the last 10 %", ""]
+    metrics += ["| variant | erank | updated_units |", "| --- | --- | --- |"]
+    metrics += ["| standard | 1.50 | 50.0 |", ""]
+    assert markdown.splitlines() == ["### Task", "", *rows, "", *metrics]
 
 
-DIFFERENCE = "eval_return, whole run, minus standard (shared seeds)"
+@pytest.mark.parametrize(
+    "values, text",
+    [
+        ([1168.4], "1168"),
+        ([99.97], "100.0"),
+        ([0.02346], "0.0235"),
+        ([0.0], "0"),
+        ([np.nan], "-"),
+        # Student's t of two values is 12.706: the margin is that of half their difference. All
+        # three numbers have the decimals of the largest.
+        ([-153, -151, np.nan], "-152 [-165, -139]"),
+        ([9.6, 9.8], "9.7 [8.4, 11.0]"),
+    ],
+)
+def test_a_cell_has_three_significant_digits(values, text):
+    assert plot.cell(pd.Series(values)) == text
+
+
+DIFFERENCE = "eval_return, whole run"
 
 
 def test_differences_from_the_standard_agent_are_paired_by_seed(tmp_path):
@@ -478,18 +507,16 @@ def test_differences_from_the_standard_agent_are_paired_by_seed(tmp_path):
     write_run(tmp_path, "Task__layer-norm-after__seed3", [2_990, 2_990], layer_norm="after")
     write_run(tmp_path, "Task__layer-norm-after__seed4", [7, 7], layer_norm="after")
     write_run(tmp_path, "Task__leaky-relu__seed5", [8, 8], leaky_relu=True)
-    rows = plot.table(read(tmp_path)).set_index("variant")
+    rows = difference_table(tmp_path)
+    # The margin is Student's t of three seeds, 4.302653, over sqrt(3).
     assert rows[DIFFERENCE].to_dict() == {
-        "standard": "-",
-        "l2-constant": interval(2, 4.302653 / np.sqrt(3), sign="+") + " (3)",
-        "layer-norm-after": "-10 (1)",
-        "leaky-relu": "-",
+        "l2-constant": "+2.00 [-0.48, +4.48]",
+        "layer-norm-after": "-10.0",
     }
-    assert (
-        rows["eval_return, last 10 %, minus standard (shared seeds)"]["layer-norm-after"]
-        == "-10 (1)"
-    )
-    assert rows.seeds["layer-norm-after"] == "2"
+    assert rows["eval_return, last 10 %"]["layer-norm-after"] == "-10.0"
+    # Of its two seeds it shares one.
+    assert rows.seeds["layer-norm-after"] == "1"
+    assert table(tmp_path).seeds["layer-norm-after"] == "2"
 
 
 def test_a_run_is_compared_only_with_a_standard_run_of_the_same_other_settings(tmp_path):
@@ -500,23 +527,17 @@ def test_a_run_is_compared_only_with_a_standard_run_of_the_same_other_settings(t
             folder, "Task__l2-constant__seed1", [level + 1, level + 1], gamma=gamma, l2_lambda=0.1
         )
     write_run(tmp_path, "Task__l2-constant__seed1", [5, 5], gamma=0.99, l2_lambda=0.1)
-    rows = plot.table(read(tmp_path)).set_index("variant")[DIFFERENCE]
-    assert rows.to_dict() == {
-        "standard, gamma=0.5": "-",
-        "standard, gamma=0.9": "-",
-        "l2-constant, gamma=0.5": "+1 (1)",
-        "l2-constant, gamma=0.9": "+1 (1)",
-        "l2-constant, gamma=0.99": "-",
-    }
+    rows = difference_table(tmp_path)[DIFFERENCE]
+    assert rows.to_dict() == {"l2-constant, gamma=0.5": "+1.00", "l2-constant, gamma=0.9": "+1.00"}
 
 
 def test_scores_of_digits_are_compared_with_the_standard_agent(tmp_path):
     for name, scores in (("standard", [40] * 8 + [10] * 8), ("injection-1", [43] * 8 + [30] * 8)):
         write_digits_run(tmp_path, f"Digits__{name}__seed1", scores)
-    row = plot.table(read(tmp_path)).set_index("variant").loc["injection-1"]
-    assert row["score, first 8 tasks, minus standard (shared seeds)"] == "+3 (1)"
-    assert row["score, last 8 tasks, minus standard (shared seeds)"] == "+20 (1)"
-    assert row["score, whole run, minus standard (shared seeds)"] == "+11.5 (1)"
+    row = difference_table(tmp_path).loc["injection-1"]
+    assert row["score, first 8 tasks"] == "+3.00"
+    assert row["score, last 8 tasks"] == "+20.0"
+    assert row["score, whole run"] == "+11.5"
 
 
 def test_an_unfinished_standard_run_is_no_baseline(tmp_path):
@@ -524,8 +545,7 @@ def test_an_unfinished_standard_run_is_no_baseline(tmp_path):
     write_run(tmp_path, "Task__standard__seed2", [1, 2], total=2_000)
     write_run(tmp_path, "Task__l2-constant__seed1", [5, 6], total=2_000)
     write_run(tmp_path, "Task__l2-constant__seed2", [5, 6], total=2_000)
-    rows = plot.table(read(tmp_path)).set_index("variant")
-    assert rows[DIFFERENCE]["l2-constant"] == "+4 (1)"
+    assert difference_table(tmp_path)[DIFFERENCE]["l2-constant"] == "+4.00"
 
 
 def test_only_unfinished_runs_are_drawn_without_a_table(tmp_path, command):
@@ -848,6 +868,15 @@ def test_plasticity_counts_as_a_share_of_its_fresh_twins(tmp_path):
     np.testing.assert_allclose(
         panel.collections[0].get_offsets()[:, 1], np.divide(plasticity, twin)
     )
+
+
+def test_the_table_holds_the_relative_plasticity_of_the_last_tenth_of_the_run(tmp_path):
+    twin = [100] * 18 + [50, 40]
+    write_probed_run(tmp_path, "Task__standard__seed1", range(20), [99] * 18 + [10, 12], twin)
+    column = "relative plasticity, last 10 %"
+    assert table(tmp_path).loc["standard", column] == "0.250"  # of 10 / 50 and 12 / 40
+    write_probed_run(tmp_path, "Task__l2-constant__seed1", range(20), [99] * 18 + [35, 28], twin)
+    assert difference_table(tmp_path).loc["l2-constant", column] == "+0.450"
 
 
 def test_a_metric_of_the_data_counts_as_difference_from_its_twins(tmp_path):
