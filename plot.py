@@ -476,7 +476,8 @@ def draw_correlations(log: pd.DataFrame) -> plt.Figure:
             y = plasticity[rows.index]
             colour = styles[label]["color"]
             ax.scatter(x, y, s=9, alpha=0.5, linewidth=0, color=colour, label=label)
-        ax.set(xlabel=values.name.replace(metric, COLUMNS[metric]))
+        name = values.name.replace(metric, COLUMNS[metric])
+        ax.set(xlabel=textwrap.fill(name, 30))
     add_legend(figure)
     figure.supylabel("plasticity, as a share of its fresh twin's", fontsize="medium")
     title = f"{log.env.iloc[0]}: each metric and plasticity, a point for each measurement"
