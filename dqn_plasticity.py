@@ -5,9 +5,10 @@ Learning with Plasticity Injection and Plasticity Metric Regularization. The REA
 papers that are cited here.
 
 A network that has been trained for a long time may stop learning: it loses its plasticity. This
-file trains one on an Atari game, on LunarLander (or any Gymnasium task with flat observations and
-discrete actions) or on Digits, where most of it is lost within a minute, and logs the signs of it
-that the literature knows. The update is that of double DQN (van Hasselt et al. 2016):
+file trains one on an Atari game, on LunarLander (or any Gymnasium environment with flat
+observations and discrete actions) or on Digits, where most of it is lost within a minute, and logs
+the signs of it that the literature knows. The update is that of double DQN (van Hasselt et al.
+2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
     loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2
@@ -57,8 +58,8 @@ VERSION = 6
 
 # ---- settings
 # fmt: off
-DEFAULTS_BY_TASK = {
-    #                            Atari games flat tasks  Digits
+DEFAULTS_BY_ENV = {
+    #                            Atari games other flat  Digits
     "total_steps":              (2_000_000,  300_000,    60_000),
     "eval_every":               (25_000,     10_000,     1_500),
     "plasticity_every":         (100_000,    2_000,      1_500),
@@ -87,10 +88,10 @@ DEFAULTS_BY_TASK = {
 class Args:
     """Deep Q-learning with remedies for lost plasticity.
 
-    Many defaults depend on the task: see for instance --env Digits --help.
+    Many defaults depend on the environment: see for instance --env Digits --help.
     """
 
-    # The task: an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations.
+    # The environment: an Atari game, LunarLander, Digits, or a Gymnasium id with flat observations.
     env: str = "MsPacman"
     # Seed of all random numbers: the same seed, machine and thread count give the same log.
     seed: int = 1
@@ -170,7 +171,7 @@ class Args:
             column = 0
         if self.env == "Digits":
             column = 2
-        for name, defaults in DEFAULTS_BY_TASK.items():
+        for name, defaults in DEFAULTS_BY_ENV.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[column])
 
@@ -727,7 +728,7 @@ class Digits(gym.Env):
     """
 
     def __init__(self):
-        # Takes a second, which no other task should pay.
+        # Takes a second, which no other environment should pay.
         from sklearn.datasets import load_digits
 
         # Always the same 100 of the 1,797 images, whose pixels are 0..16.
@@ -761,7 +762,7 @@ def is_atari(env_id: str) -> bool:
 
 
 def short_name(env_id: str) -> str:
-    """One name for a task: MsPacman for ALE/MsPacman-v5, LunarLander for its newest version."""
+    """One name each: MsPacman for ALE/MsPacman-v5, LunarLander for its newest version."""
     try:
         namespace, name, version = parse_env_id(env_id)
     except gym.error.Error:  # it is refused later, with all other mistakes
@@ -774,7 +775,7 @@ def short_name(env_id: str) -> str:
 
 
 def make_env(env_id: str, num_envs: int = 1, **options) -> gym.vector.VectorEnv:
-    """`num_envs` copies of a task.
+    """`num_envs` copies of an environment.
 
     Observations: uint8 (num_envs, 4, 84, 84) of Atari, float32 (num_envs, n) of others. Atari as in
     Mnih et al. 2015 (0 to 29 no-ops, frame skip 4 with a maximum over 2, no sticky actions, FIRE
@@ -989,9 +990,9 @@ def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
 
 
 def main() -> int:
-    # --help shows the defaults of the task, so its name has to be found first.
-    tasks = ["MsPacman", *re.findall(r"--env[= ](\S+)", " ".join(sys.argv))]
-    defaults = Args(env=tasks[-1])
+    # --help shows the defaults of the environment, so its name has to be found first.
+    names = ["MsPacman", *re.findall(r"--env[= ](\S+)", " ".join(sys.argv))]
+    defaults = Args(env=names[-1])
     # Args() has made it 0, which would contradict every --injection-steps.
     defaults.injections = None
     return metrics.command(train, defaults)

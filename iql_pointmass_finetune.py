@@ -672,7 +672,7 @@ MEDIUM = "001000 101010 001011 011001 001101 100001"
 HARD = """00000100000 00000100000 00000000000 00000100000 00000100000 10111100000
           00000111011 00000100000 00000100000 00000000000 00000100000"""
 # The rows of the map (1: wall), its enlargement, start, goal, the goal's radius, the time limit.
-TASKS = {
+MAZES = {
     "PointmassEasy": (EASY, 2, (1.0, 1.0), (9.0, 9.0), 2.0, 50),
     "PointmassMedium": (MEDIUM, 1, (0.5, 0.5), (1.5, 5.5), 1.0, 150),
     "PointmassHard": (HARD, 2, (2.0, 2.0), (20.0, 20.0), 2.0, 100),
@@ -692,8 +692,8 @@ class Pointmass(gym.Env):
 
     metadata: ClassVar = {"render_modes": ["rgb_array"], "render_fps": 10}
 
-    def __init__(self, task: str = "PointmassHard", render_mode: str | None = None):
-        rows, scale, self.start, self.goal, self.radius, self.time_limit = TASKS[task]
+    def __init__(self, maze: str = "PointmassHard", render_mode: str | None = None):
+        rows, scale, self.start, self.goal, self.radius, self.time_limit = MAZES[maze]
         cells = np.array([list(row) for row in rows.split()])
         walls = cells == "1"
         self.walls = walls.repeat(scale, 0).repeat(scale, 1)
@@ -758,8 +758,8 @@ class Pointmass(gym.Env):
         return image
 
 
-for name in TASKS:
-    gym.register(f"{name}-v0", Pointmass, kwargs={"task": name})
+for name in MAZES:
+    gym.register(f"{name}-v0", Pointmass, kwargs={"maze": name})
 
 
 # Every random stream has a name: (seed, step) for training from that step on, (seed, step, 1) for

@@ -334,7 +334,7 @@ def is_of_kind(value: object, kind: object) -> bool:
 def check_kinds(args, complete: bool) -> None:
     """Raise UserError for a setting that the command line would refuse, such as l2="Constant".
 
-    With complete=False, a setting whose default depends on the task may still be None.
+    With complete=False, a setting whose default depends on the environment may still be None.
     """
     for name, kind in typing.get_type_hints(type(args)).items():
         value = getattr(args, name)

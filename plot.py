@@ -205,7 +205,7 @@ def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
     runs = log[["label", "run"]].drop_duplicates().sort_values("label", kind="stable")
     for label, run in runs.itertuples(index=False):
         path = Path(run, "picture.npz")
-        # Other tasks and unfinished runs have none.
+        # Other environments and unfinished runs have none.
         if label in pictures or not path.exists():
             continue
         try:

@@ -912,12 +912,12 @@ max_grad_norm 10.0 10.0 0.0, injections 0, injection_steps (), injection_trigger
 injection_threshold None, l2 none, l2_lambda 1e-05 0.001 0.0001, l2_start 0.0,
 l2_end 2e-05 0.002 0.0002, l2_on_steps 500000 75000 4000, l2_off_steps 100000 15000 800,
 layer_norm none, leaky_relu False"""
-TASKS = {"": 0, "--env LunarLander": 1, "--env Digits": 2, "--env=Digits": 2}
+COLUMNS = {"": 0, "--env LunarLander": 1, "--env Digits": 2, "--env=Digits": 2}
 
 
-@pytest.mark.parametrize("flags", TASKS)
+@pytest.mark.parametrize("flags", COLUMNS)
 def test_every_setting_its_default_and_the_help_that_shows_it(flags, capsys):
-    check_defaults(dqn, DEFAULTS, TASKS[flags], flags, capsys)
+    check_defaults(dqn, DEFAULTS, COLUMNS[flags], flags, capsys)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_with_a_message_and_keeps_the_log(capsys):

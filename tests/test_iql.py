@@ -82,11 +82,11 @@ def placed(x: float, y: float, noise: tuple[float, float] = (0.0, 0.0)) -> iql.P
     return env
 
 
-@pytest.mark.parametrize("task", iql.TASKS)
-def test_gymnasium_accepts_the_task_and_its_picture_shows_walls_goal_and_point(task):
+@pytest.mark.parametrize("name", iql.MAZES)
+def test_gymnasium_accepts_the_maze_and_its_picture_shows_walls_goal_and_point(name):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        env = gym.make(f"{task}-v0", render_mode="rgb_array")
+        env = gym.make(f"{name}-v0", render_mode="rgb_array")
         check_env(env.unwrapped)
     env.reset(seed=0)
     maze = env.unwrapped

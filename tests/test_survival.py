@@ -743,7 +743,7 @@ def test_a_setting_from_python_that_the_command_line_would_refuse_is_refused(
 
 
 def test_a_default_of_the_task_that_is_set_to_none_later_is_refused(tmp_path):
-    for name in dqn.DEFAULTS_BY_TASK:
+    for name in dqn.DEFAULTS_BY_ENV:
         args = dqn.Args(env="CartPole", l2="periodic")
         setattr(args, name, None)
         message = f"{metrics.flag(name)} None must be "
