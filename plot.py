@@ -345,7 +345,7 @@ def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict) -> None:
             colour = styles[label]["color"]
             ax.axvline(step, color=colour, linestyle=dashes, linewidth=1, zorder=1.8)
     if len(injections):
-        ax.plot([], [], color=NEUTRAL, linestyle="--", linewidth=1, label="injection")
+        ax.plot([], [], color=NEUTRAL, linestyle="--", linewidth=1, label="injection (vertical)")
 
     triggered = log[log.injected & log.triggered]
     for row, (label, injections) in enumerate(triggered.groupby("label")):
@@ -364,13 +364,14 @@ def draw_levels(ax: plt.Axes, log: pd.DataFrame, column: str) -> None:
         levels = LEVELS.get(log.env.iloc[0], {})
     if column == "score":
         standard = log[log.variant == "standard"].dropna(subset="score")
-        if standard.label.nunique() == 1:  # otherwise there are several kinds of fresh networks
+        if standard.label.nunique() == 1:  # otherwise there are several kinds of agents
             first_task = standard.groupby("run").score.first()
-            levels = {"fresh network": round(first_task.mean(), 1)}
+            levels["standard agent's first task"] = round(first_task.mean(), 1)
+        levels["chance"] = 10
     bottom, top = ax.get_ylim()
     for (name, level), dashes in zip(levels.items(), ("--", ":")):
-        # A goal is always shown. Other levels are not where they would flatten the curves.
-        if bottom <= level <= top or name in ("solved", "optimum"):
+        # Goals and chance are always shown. Others are not where they would flatten the curves.
+        if bottom <= level <= top or name in ("solved", "optimum", "chance"):
             text = f"{name}: {level:g}"
             ax.axhline(level, color="0.2", linestyle=dashes, linewidth=1, label=text)
 

@@ -241,7 +241,11 @@ def test_digits_score_per_task():
     np.testing.assert_allclose(tasks, [1, 2, 3, 4])
     np.testing.assert_allclose(values, scores.mean(0))
     fresh = scores[:, 0].mean()
-    np.testing.assert_allclose(line(ax, f"fresh network: {fresh:.1f}")[1], fresh, atol=0.05)
+    first_task = line(ax, f"standard agent's first task: {fresh:.1f}")[1]
+    np.testing.assert_allclose(first_task, fresh, atol=0.05)
+    # Chance is shown although no score is as low.
+    np.testing.assert_allclose(line(ax, "chance: 10")[1], 10)
+    assert scores.min() > 10 > ax.get_ylim()[0]
     assert ax.get_xlabel() == "task (1,500 steps each)" and "%" in ax.get_title(loc="left")
 
 
@@ -260,7 +264,7 @@ def test_digits_table_has_the_first_and_the_last_tasks(tmp_path):
 def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
     figure = draw(read(*LOGS.glob("Pointmass*")), ["eval_return"])
     assert sorted(line_ends(figure)) == ["injection-1", "standard"]
-    assert legend(figure) == ["optimum: -33", "not smoothed", "injection", "offline part"]
+    assert legend(figure) == ["optimum: -33", "not smoothed", "injection (vertical)", "offline part"]
     (ax,) = figure.axes
     (injection,) = [drawn for drawn in ax.lines if set(drawn.get_xdata()) == {4_000}]
     assert list(injection.get_ydata()) == [0, 1]  # from edge to edge, at the first row with it
@@ -696,7 +700,7 @@ def test_injections_at_fixed_steps_are_lines_and_triggered_ones_ticks_at_the_low
     assert sorted(segment[0, 0] for segment in segments) == [1_000, 2_000, 4_000, 5_000]
     heights = ticks[0].get_transform().transform(np.concatenate(segments))[:, 1]
     assert panel.y0 <= heights.min() and heights.max() <= panel.y0 + 0.1 * panel.height
-    assert legend(figure) == ["injection", "injection when triggered"]
+    assert legend(figure) == ["injection (vertical)", "injection when triggered"]
 
 
 def test_legend_entries_that_stand_for_all_variants_are_grey(tmp_path):
@@ -713,7 +717,7 @@ def test_legend_entries_that_stand_for_all_variants_are_grey(tmp_path):
     for name in (
         "not smoothed",
         "freshly initialised twin",
-        "injection",
+        "injection (vertical)",
         "injection when triggered",
     ):
         red, green, blue = plt.matplotlib.colors.to_rgb(colours[name].get_color())
@@ -1068,10 +1072,10 @@ def test_a_column_that_is_missing_or_empty_is_left_out(
     assert code == 0 and notes == "" and "\nstandard2" in output.replace(" ", "")
 
 
-def test_of_digits_without_a_standard_agent_there_is_no_level_of_a_fresh_network(tmp_path):
+def test_of_digits_without_a_standard_agent_there_is_no_level_of_its_first_task(tmp_path):
     write_digits_run(tmp_path, "Digits__injection-1__seed1", [30, 20])
     figure = draw(read(tmp_path), ["score"])
-    assert legend(figure) == [] and line_ends(figure) == ["injection-1"]
+    assert legend(figure) == ["chance: 10"] and line_ends(figure) == ["injection-1"]
 
 
 # ---- where the runs lie
@@ -1162,7 +1166,7 @@ def test_of_two_folders_with_the_same_run_the_longer_log_counts(tmp_path, capsys
     assert capsys.readouterr().err.count("b/Task__standard__seed1 holds the same run") == 2
 
 
-def test_the_level_of_a_fresh_network_is_not_drawn_for_standard_agents_of_several_kinds(tmp_path):
+def test_the_level_of_the_first_task_is_not_drawn_for_standard_agents_of_several_kinds(tmp_path):
     for gamma in (0.5, 0.9):
         folder = write_digits_run(tmp_path / str(gamma), "Digits__standard__seed1", [30, 20])
         config = folder / "config.json"
@@ -1170,4 +1174,4 @@ def test_the_level_of_a_fresh_network_is_not_drawn_for_standard_agents_of_severa
         settings["gamma"] = gamma
         config.write_text(json.dumps(settings))
     figure = draw(read(tmp_path), ["score"])
-    assert not [name for name in legend(figure) if name.startswith("fresh network")]
+    assert legend(figure) == ["chance: 10"]
