@@ -547,8 +547,9 @@ EXPLORER_TARGET_FREQUENCY = 300  # steps between copies into the target network
 
 
 def collect(args: Args) -> dict[str, np.ndarray]:
-    """Transitions of an explorer that seeks what it cannot predict yet (Burda et al. 2019).
+    """Transitions of an explorer that seeks what it cannot predict yet.
 
+    (Burda et al., Exploration by random network distillation, ICLR 2019.)
     It is double DQN without the task's reward. Its own reward, the novelty of s', is the error of a
     predictor that learns the outputs of a fixed, random network at s'.
     """
