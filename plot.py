@@ -64,8 +64,8 @@ COLOURS = {
 FONT_SCALE = 0.9
 NEUTRAL = "0.5"  # grey, for legend entries that apply to all variants
 
-# Returns that are known from elsewhere, drawn as horizontal lines. Those of MsPacman are from Wang et
-# al., Dueling network architectures, ICML 2016, and Mnih et al. 2015 (see the README).
+# Returns that are known from elsewhere, drawn as horizontal lines. Those of MsPacman: Wang et al.,
+# Dueling network architectures, ICML 2016, and Mnih et al. 2015.
 LEVELS = {
     "MsPacman": {"human": 6951.6, "random actions": 307.3},
     "LunarLander": {"solved": 200},  # by definition

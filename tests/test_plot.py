@@ -264,7 +264,12 @@ def test_digits_table_has_the_first_and_the_last_tasks(tmp_path):
 def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
     figure = draw(read(*LOGS.glob("Pointmass*")), ["eval_return"])
     assert sorted(line_ends(figure)) == ["injection-1", "standard"]
-    assert legend(figure) == ["optimum: -33", "not smoothed", "injection (vertical)", "offline part"]
+    assert legend(figure) == [
+        "optimum: -33",
+        "not smoothed",
+        "injection (vertical)",
+        "offline part",
+    ]
     (ax,) = figure.axes
     (injection,) = [drawn for drawn in ax.lines if set(drawn.get_xdata()) == {4_000}]
     assert list(injection.get_ydata()) == [0, 1]  # from edge to edge, at the first row with it
