@@ -17,6 +17,7 @@ import os
 import signal
 import sys
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -560,12 +561,16 @@ def results(log: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns, index=finished.run.unique())
 
 
-def by_variant(of_runs: pd.DataFrame, log: pd.DataFrame, sign: str = "") -> pd.DataFrame:
-    """Returns a row per variant: the mean and interval of each column of `of_runs`, which has a
-    row per run."""
+def runs_of_variants(of_runs: pd.DataFrame, log: pd.DataFrame) -> Iterable:
+    """Returns pairs of a variant's label and its rows of `of_runs`, which has a row per run."""
     labels = log.groupby("run").label.first()[of_runs.index]
+    return of_runs.groupby(labels, observed=True)
+
+
+def by_variant(of_runs: pd.DataFrame, log: pd.DataFrame, sign: str = "") -> pd.DataFrame:
+    """Returns a row per variant: the mean and interval of each column of `of_runs`."""
     rows = []
-    for label, runs in of_runs.groupby(labels, observed=True):
+    for label, runs in runs_of_variants(of_runs, log):
         row = {"variant": label, "seeds": str(len(runs))}
         for name, values in runs.items():
             row[name] = cell(values, sign)
@@ -577,9 +582,8 @@ def metrics_by_variant(log: pd.DataFrame) -> pd.DataFrame:
     """Returns a row per variant: the means of the metrics over the last 10 % of finished runs."""
     names = [name for name in DIRECTION_WHEN_LOST if name in log]
     of_runs = log[log.final].groupby("run")[names].mean()
-    labels = log.groupby("run").label.first()[of_runs.index]
     rows = []
-    for label, runs in of_runs.groupby(labels, observed=True):
+    for label, runs in runs_of_variants(of_runs, log):
         row = {"variant": label}
         for name in names:
             row[name] = cell(runs[[name]].mean())
