@@ -69,9 +69,9 @@ def effective_rank(matrix: torch.Tensor) -> float:
     """exp(-sum p log p) with p = s / sum(s) for the singular values s of a matrix.
 
     It is roughly the number of singular values that are not small (Roy & Vetterli 2007; paper
-    section 2). `matrix` has shape (out, ...), and a convolution's
-    weight is read as (out, in * kernel height * kernel width). The result lies between 1 and the
-    rank of the matrix, and is 0 for the zero matrix. Raises FloatingPointError for NaN or infinity.
+    section 2). `matrix` has shape (out, ...), and a convolution's weight is read as (out, in *
+    kernel height * kernel width). The result lies between 1 and the rank of the matrix, and is 0
+    for the zero matrix. Raises FloatingPointError for NaN or infinity.
     """
     matrix = finite(torch.as_tensor(matrix), "an entry of a matrix")
     matrix = matrix.detach().flatten(1).cpu().double()
