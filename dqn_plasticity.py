@@ -1,14 +1,14 @@
 """Deep Q-learning that measures its loss of plasticity, with every remedy of the paper as a flag.
 
 "The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement
-Learning with Plasticity Injection and Plasticity Metric Regularization. The README lists all other
-papers that are cited here.
+Learning with Plasticity Injection and Plasticity Metric Regularization. The README lists the other
+papers that are cited here by year.
 
 A network that has been trained for a long time may stop learning: it loses its plasticity. This
 file trains one on an Atari game, on LunarLander (or any Gymnasium environment with flat
 observations and discrete actions) or on Digits, where most of it is lost within a minute, and logs
-the signs of it that the literature knows. The update is that of double DQN (van Hasselt et al.
-2016):
+the signs of lost plasticity that are known from the literature. The update is that of double DQN
+(van Hasselt et al. 2016):
 
     y    = r + gamma * (1 - terminated) * Q_target(s', argmax_a Q(s', a))
     loss = mean (y - Q(s, a))^2 + lambda(step) * ||phi||^2
@@ -95,9 +95,9 @@ class Args:
     env: str = "MsPacman"
     # Seed of all random numbers: the same seed, machine and thread count give the same log.
     seed: int = 1
-    # Where the networks are computed. By default on a CUDA GPU if there is one.
+    # Device that the networks run on. By default a CUDA GPU if there is one.
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
-    # Compute updates in bfloat16, with weights in float32: faster on Atari if the hardware has it.
+    # Compute updates in bfloat16, weights in float32: faster on Atari if the hardware supports it.
     bf16: bool = False
     # Length of the run in steps of the environment.
     total_steps: int = None
@@ -132,16 +132,17 @@ class Args:
     end_e: float = None
     # Share of the run after which the schedule of epsilon ends.
     exploration_fraction: float = None
-    # Largest norm of the gradient: a longer one is scaled down to it. 0 means no limit.
+    # Maximum norm of the gradient: a larger gradient is scaled down to it. 0 means no limit.
     max_grad_norm: float = None
 
-    # Number of plasticity injections; with a trigger, the largest. By default one per step given.
+    # Number of plasticity injections; with a trigger, the maximum. By default one per step given.
     injections: int | None = None
-    # Steps at which to inject. By default evenly over the second half of the run.
+    # Steps at which to inject. By default spread evenly over the second half of the run.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # The trigger's: crossed upwards by weight_magnitude and dormant_units, by others downwards.
+    # Threshold of the trigger: weight_magnitude and dormant_units inject at or above it, all others
+    # at or below it.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
@@ -295,7 +296,8 @@ Batch = collections.namedtuple("Batch", "obs action reward next_obs terminated")
 def td_loss(q, target_network, batch: Batch, gamma: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean (y - Q(s, a))^2 and mean Q(s, a), both scalars.
 
-    In double DQN (van Hasselt et al. 2016) Q chooses the next action, the target network values it.
+    In double DQN (van Hasselt et al. 2016) Q chooses the next action, which the target network
+    evaluates.
     """
     with torch.no_grad():
         next_q, next_target = q_and_target(q, target_network, batch.next_obs)
@@ -345,7 +347,7 @@ def train(args: Args) -> Path:
                 # checkpoint, and its log is that of a run that was never killed.
                 envs.close()
                 envs, obs, rng = fresh_start(args, step - 1)
-                # A run that continues has no gradients to log, so every interval starts without.
+                # A run that continues has no gradients to log, so no interval starts with any.
                 optimizer.zero_grad()
                 if args.env == "Digits":
                     # An interval is a task with new labels. Transitions with the old labels would
@@ -366,8 +368,8 @@ def train(args: Args) -> Path:
                 loss = q_mean = grad_norm = None
 
             # Act, and remember what followed. The environment is a vector of one, hence the [0].
-            # Terminated: no reward can follow. Truncated: only the time is over, so that the value
-            # of next_obs still counts in the target.
+            # Terminated: no reward can follow. Truncated: only the time limit was reached, so that
+            # the value of next_obs still counts in the target.
             epsilon = exploration_rate(args, step, replay)
             action = epsilon_greedy(q, obs, epsilon, rng)
             next_obs, reward, terminated, truncated, _ = envs.step(action)
@@ -762,7 +764,10 @@ def is_atari(env_id: str) -> bool:
 
 
 def short_name(env_id: str) -> str:
-    """One name each: MsPacman for ALE/MsPacman-v5, LunarLander for its newest version."""
+    """One name per environment: MsPacman for ALE/MsPacman-v5.
+
+    Without a version it is the newest one, so LunarLander-v3 becomes LunarLander.
+    """
     try:
         namespace, name, version = parse_env_id(env_id)
     except gym.error.Error:  # it is refused later, with all other mistakes
@@ -817,7 +822,8 @@ def fresh_start(
 
 # ---- evaluation and measurements
 EVALUATION_EPSILON = 0.02
-# Evaluations cut an episode after so many steps, 30 minutes of Atari. Elsewhere it may never end.
+# Evaluations cut an episode after so many steps, 30 minutes of Atari. In other environments it
+# might never end.
 LONGEST_EPISODE = 27_000
 
 
@@ -928,10 +934,11 @@ def check_injections(args: Args) -> None:
     if args.injection_trigger or args.injection_threshold is not None:
         complete = args.injection_trigger and args.injection_threshold is not None
         if not complete or args.injections == 0 or steps:
-            needs = "needs --injection-threshold and --injections, and excludes --injection-steps"
-            raise UserError(f"--injection-trigger {needs}")
+            rule = "go together, with --injections and without --injection-steps"
+            raise UserError(f"--injection-trigger and --injection-threshold {rule}")
     elif len(steps) != args.injections:
-        raise UserError(f"--injections {args.injections} but --injection-steps {shown}")
+        contradiction = f"--injections {args.injections} contradicts --injection-steps {shown}"
+        raise UserError(f"{contradiction}: leave out one of them")
     in_range = all(1 <= step <= args.total_steps for step in steps)
     if not in_range or list(steps) != sorted(set(steps)):
         limits = f"must increase and must lie in 1..{args.total_steps}"
@@ -945,19 +952,19 @@ def check_bf16(device: str) -> None:
         capabilities = torch.cpu.get_capabilities()
         supported = any(capabilities[name] for name in capabilities if "bf16" in name)
     if not supported:
-        raise UserError(f"--bf16: the hardware of --device {device} has no bfloat16")
+        raise UserError(f"--bf16: the hardware of --device {device} does not support bfloat16")
 
 
 def check_env(env_id: str) -> gym.spaces.Box:
     """The space of its observations. Raises UserError unless the agent can play here."""
     game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d+)?$", "", env_id)
     if is_atari(game) and game != env_id:
-        raise UserError(f"--env {env_id}: use {game}, the game with the settings of the README")
+        raise UserError(f"--env {env_id}: use {game}, the game with the preprocessing of this file")
     try:
         envs = make_env(env_id)
     except Exception as error:  # whatever a third-party environment raises
         reason = " ".join(str(error).split())
-        raise UserError(f"--env {env_id} cannot be made: {reason}") from error
+        raise UserError(f"--env {env_id} cannot be created: {reason}") from error
     actions = envs.single_action_space
     if not isinstance(actions, gym.spaces.Discrete) or actions.start != 0:
         raise UserError(f"--env {env_id} has actions {actions}, not Discrete ones from 0 on")
@@ -971,7 +978,7 @@ def check_env(env_id: str) -> gym.spaces.Box:
 def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
     """A new run needs room for its replay, and 100 MB for all else."""
     folder = run_folder(args)
-    if (folder / "checkpoint.pt").exists():  # a run that continues has its disk
+    if (folder / "checkpoint.pt").exists():  # a run that continues already has its disk space
         return
     while not folder.exists():
         folder = folder.parent
@@ -982,11 +989,12 @@ def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
     slots = min(args.buffer_size + spare_slots, slots_taken(args, args.total_steps))
     if slot_bytes * slots > free:
         needed = f"the replay needs {slot_bytes * slots / 1e6:,.1f} MB of disk"
-        fitting = max(0, free // slot_bytes - spare_slots)
-        raise UserError(
-            f"{needed}, {max(0, free) / 1e6:,.1f} MB are free for it: "
-            f"make room, or start with at most --buffer-size {fitting}"
-        )
+        found = f"but only {max(0, free) / 1e6:,.1f} MB are free for it"
+        advice = "make room"
+        fitting = free // slot_bytes - spare_slots
+        if fitting >= args.batch_size:
+            advice = f"make room, or use --buffer-size {fitting} or less"
+        raise UserError(f"{needed}, {found}: {advice}")
 
 
 def main() -> int:

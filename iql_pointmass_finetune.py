@@ -1,8 +1,8 @@
 """Implicit Q-learning, offline, then online, with every remedy of the paper as a flag.
 
 "The paper" is R. Cheng, E. Chen and L. Ma, Improving Neural Network Plasticity in Reinforcement
-Learning with Plasticity Injection and Plasticity Metric Regularization. The README lists all other
-papers that are cited here.
+Learning with Plasticity Injection and Plasticity Metric Regularization. The README lists the other
+papers that are cited here by year.
 
 A point has to cross four rooms (PointmassHard). An explorer that does not know the task collects
 data; IQL learns from them alone (offline), then continues in the environment (online; paper section
@@ -72,7 +72,7 @@ class Args:
     env: Literal["PointmassEasy", "PointmassMedium", "PointmassHard"] = "PointmassHard"
     # Seed of all random numbers: the same seed, machine and thread count give the same log.
     seed: int = 1
-    # Where the networks are computed. By default on a CUDA GPU if there is one.
+    # Device that the networks run on. By default a CUDA GPU if there is one.
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     # File of transitions (.npz). By default those that an explorer collects with this seed.
     dataset: str | None = None
@@ -104,13 +104,14 @@ class Args:
     # Polyak averaging: the share of Q's weights that enters the target network at every step.
     polyak: float = 0.005
 
-    # Number of plasticity injections; with a trigger, the largest. By default one per step given.
+    # Number of plasticity injections; with a trigger, the maximum. By default one per step given.
     injections: int | None = None
-    # Steps at which to inject. By default evenly over the online phase.
+    # Steps at which to inject. By default spread evenly over the online phase.
     injection_steps: tuple[int, ...] = ()
     # Inject when the moving average of this metric crosses --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # The trigger's: crossed upwards by weight_magnitude and dormant_units, by others downwards.
+    # Threshold of the trigger: weight_magnitude and dormant_units inject at or above it, all others
+    # at or below it.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
@@ -326,8 +327,8 @@ def train(args: Args) -> Path:
 
             if online:
                 # Act, and remember what followed. If the episode is terminated, no reward can
-                # follow; if it is truncated, only its time is over, and the value of next_obs
-                # still counts.
+                # follow; if it is truncated, only the time limit was reached, and the value of
+                # next_obs still counts.
                 action = sample_actions(actor, obs[None], rng)[0]  # of a batch of one observation
                 next_obs, reward, terminated, truncated, _ = env.step(action)
                 replay.add(obs, action, reward, next_obs, terminated, truncated)
@@ -610,9 +611,9 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged file makes NumPy raise all sorts
+    except Exception as error:  # a damaged file makes NumPy raise all kinds
         reason = type(error).__name__
-        advice = "replace it, or delete it if it was collected, to collect it anew"
+        advice = "replace it, or, if the explorer collected it, delete it to collect it again"
         raise UserError(f"{path} cannot be read as an .npz file ({reason}): {advice}") from error
     missing = [name for name in FIELDS if name not in data]
     if missing:
@@ -886,7 +887,8 @@ def check(args: Args) -> None:
     metrics.check(args, BOUNDS)
     check_injections(args)
     if args.injection_trigger == "dormant_units" and not args.leaky_relu:
-        raise UserError("--injection-trigger dormant_units needs --leaky-relu: tanh has none")
+        reason = "they are not defined for tanh"
+        raise UserError(f"--injection-trigger dormant_units needs --leaky-relu: {reason}")
     if args.total_steps == 0:
         raise UserError("--offline-steps and --online-steps must not both be 0")
     if args.dataset or dataset_path(args).exists():
@@ -900,10 +902,11 @@ def check_injections(args: Args) -> None:
     if args.injection_trigger or args.injection_threshold is not None:
         complete = args.injection_trigger and args.injection_threshold is not None
         if not complete or args.injections == 0 or steps:
-            needs = "needs --injection-threshold and --injections, and excludes --injection-steps"
-            raise UserError(f"--injection-trigger {needs}")
+            rule = "go together, with --injections and without --injection-steps"
+            raise UserError(f"--injection-trigger and --injection-threshold {rule}")
     elif len(steps) != args.injections:
-        raise UserError(f"--injections {args.injections} but --injection-steps {shown}")
+        contradiction = f"--injections {args.injections} contradicts --injection-steps {shown}"
+        raise UserError(f"{contradiction}: leave out one of them")
     in_range = all(1 <= step <= args.total_steps for step in steps)
     if not in_range or list(steps) != sorted(set(steps)):
         limits = f"must increase and must lie in 1..{args.total_steps}"

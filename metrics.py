@@ -246,10 +246,10 @@ def plasticity(
     Adam, so that its output minus the network's own output becomes that change. The mean squared
     error of each batch is noted before its update. The updates, ten or more, are cut into ten parts
     that are as equal as they can be. The mean error of a part counts as 1 if it is larger, for 1 is
-    the error of a copy that has learned nothing. The score is 100 (1 - mean of the ten), the area
+    the error of a copy that has learned nothing. Plasticity is 100 (1 - mean of the ten), the area
     above the learning curve in percent (after Lyle et al. 2022 and 2023, and Moalla et al. 2024).
 
-    The score holds for this learning rate only. It is None if all observations are alike, for then
+    The value holds for this learning rate only. It is None if all observations are alike, for then
     there is no change to learn. Raises ValueError for fewer than ten updates.
     """
     if updates < 10:
@@ -481,7 +481,7 @@ class Run:
                 differences.append(f"{name} {old} (now {new})")
         if differences:
             what = f"holds a run with other settings: {', '.join(differences)}"
-            raise UserError(f"{self.folder} {what}; move it away or start elsewhere")
+            raise UserError(f"{self.folder} {what}; move it away, or start in another folder")
 
     def read_checkpoint(self) -> dict | None:
         path = self.folder / "checkpoint.pt"
@@ -494,7 +494,7 @@ class Run:
             return torch.load(path, map_location="cpu", weights_only=True)
         except OSError:  # such as a missing permission, after which it can be read as it is
             raise
-        # A damaged file makes torch raise all sorts.
+        # A damaged file makes torch raise errors of all kinds.
         except Exception as error:
             reason = type(error).__name__
             raise UserError(f"{path} cannot be read ({reason}); delete it to start over") from error
@@ -503,7 +503,7 @@ class Run:
         """Raise UserError for a file that is not what it was when the checkpoint was saved."""
         checkpoint = self.folder / "checkpoint.pt"
         advice = f"put it back, or delete {checkpoint} to start over"
-        raise UserError(f"{path} has changed since the last checkpoint: {advice}")
+        raise UserError(f"{path} has changed since the latest checkpoint: {advice}")
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, under a progress bar."""
@@ -534,7 +534,7 @@ class Run:
             if isinstance(value, torch.Tensor):
                 value = value.item()
             if isinstance(value, float) and not math.isfinite(value):
-                advice = "Start anew with other settings"
+                advice = "Move its folder away, and start again with other settings"
                 raise FloatingPointError(f"training has diverged: {name} is {value}. {advice}")
             numbers[name] = value
         now = time.perf_counter()
@@ -557,7 +557,7 @@ class Run:
     def save(self, state: dict) -> None:
         """Save a checkpoint, which the next start finds as `checkpoint`."""
         log = (self.folder / "log.csv").read_text()
-        # Torch.save would raise errors of its own on a full disk.
+        # torch.save would raise errors of its own on a full disk.
         content = io.BytesIO()
         torch.save({**state, "log": log}, content)
         replace_file(self.folder / "checkpoint.pt", content.getvalue())
@@ -593,7 +593,7 @@ def save_gif(path: Path, frames: Iterable[np.ndarray], fps: int) -> None:
                 break
         replace_file(path, content.getvalue())
     except Exception as error:  # noqa: BLE001 - whatever a third-party environment raises
-        print(f"{path} is left out: {type(error).__name__} {error}")
+        print(f"{path} was not written: {type(error).__name__} {error}")
 
 
 def command(train: Callable, defaults: object) -> int:
@@ -607,7 +607,7 @@ def command(train: Callable, defaults: object) -> int:
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         # `--help | head -1` ends without a word.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
-    resumption = "the same command continues from the last checkpoint, or starts over without one."
+    resumption = "the same command continues from the latest checkpoint, or else starts over."
     try:
         settings = (tyro.conf.FlagCreatePairsOff,)
         folder = train(tyro.cli(type(defaults), default=defaults, config=settings))
@@ -618,7 +618,7 @@ def command(train: Callable, defaults: object) -> int:
         print(f"error: {error}.", file=sys.stderr)
         return 1
     except OSError as error:
-        print(f"error: {error}. When that is mended, {resumption}", file=sys.stderr)
+        print(f"error: {error}. Once that is mended, {resumption}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"Stopped: {resumption}", file=sys.stderr)

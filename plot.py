@@ -1,7 +1,7 @@
 """Draws figures and prints tables from the logs of both agents: python plot.py runs/
 
 Unfinished runs are drawn, too. A line is the mean over the seeds of a variant, its band the 95 %
-t-interval. Where only some of the seeds have arrived, the line is their mean and has no band.
+t-interval. Where only some of the seeds have a value, the line is their mean and has no band.
 Returns are smoothed by a moving average, and a thin line shows the values as they are.
 
 Runs whose settings differ are never averaged: each gets a line of its own, which names the
@@ -36,7 +36,7 @@ COLUMNS = {
     "train_return": "Training return",
     "erank": "Effective rank of the weights",
     "feature_erank": "Effective rank of the features",
-    "weight_magnitude": "Mean size of a weight",
+    "weight_magnitude": "Mean absolute weight",
     "updated_units": "Updated units (%)",
     "dormant_units": "Dormant units (%)",
     "plasticity": "Plasticity (%)",
@@ -95,14 +95,14 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
     env, variant, _ = parts
     settings = json.loads((folder / "config.json").read_text())
     if not isinstance(settings, dict):
-        raise TypeError("config.json is no table of settings")
+        raise TypeError("config.json does not hold settings")
     log = read_log(folder / "log.csv")
 
     total = settings.get("total_steps") or settings["offline_steps"] + settings["online_steps"]
     finished = log.step.max() >= total
     if not finished:
         step = f"{log.step.max():,.0f}"
-        print(f"{folder}: unfinished at step {step}, not in the table", file=sys.stderr)
+        print(f"{folder}: unfinished at step {step}, not in the tables", file=sys.stderr)
 
     log["final"] = finished & (log.step > 0.9 * total)  # the last 10 % of a finished run
     log["injected"] = False
@@ -185,7 +185,7 @@ def read_runs(roots: list[Path]) -> pd.DataFrame:
         settings[folder] = config
     if not logs:
         searched = ", ".join(map(str, roots))
-        raise ValueError("; ".join([f"no run in {searched}", *left_out]))
+        raise ValueError("; ".join([f"no run found in {searched}", *left_out]))
     for reason in left_out:
         print(reason, file=sys.stderr)
 
@@ -213,7 +213,7 @@ def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
         try:
             with np.load(path) as file:
                 pictures[label] = {name: file[name] for name in PICTURE}
-        except Exception as error:  # noqa: BLE001 - a damaged file makes NumPy raise all sorts
+        except Exception as error:  # noqa: BLE001 - a damaged file makes NumPy raise all kinds
             print(f"left out {path}: {error}", file=sys.stderr)
     return pictures
 
@@ -322,7 +322,7 @@ def draw(
     draw_injections(ax, log, styles)
     if "phase" in log and (log.phase == "offline").any():
         end = log.step[log.phase == "offline"].max()
-        ax.axvspan(0, end, color="0.93", zorder=0, label="offline part")  # behind the bands
+        ax.axvspan(0, end, color="0.93", zorder=0, label="offline phase")  # behind the bands
 
 
 def draw_thin(
@@ -356,7 +356,7 @@ def draw_injections(ax: plt.Axes, log: pd.DataFrame, styles: dict) -> None:
         foot = 0.01 + 0.045 * row
         ax.vlines(injections.step, foot, foot + 0.035, color=colour, transform=edge)
     if len(triggered):
-        ax.plot([], [], "|", color=NEUTRAL, markeredgewidth=1.5, label="injection when triggered")
+        ax.plot([], [], "|", color=NEUTRAL, markeredgewidth=1.5, label="triggered injection")
 
 
 def draw_levels(ax: plt.Axes, log: pd.DataFrame, column: str) -> None:
@@ -482,7 +482,7 @@ def draw_correlations(log: pd.DataFrame) -> plt.Figure:
         name = values.name.replace(metric, COLUMNS[metric])
         ax.set(xlabel=textwrap.fill(name, 30))
     add_legend(figure)
-    figure.supylabel("plasticity, as a share of its fresh twin's", fontsize="medium")
+    figure.supylabel("relative plasticity", fontsize="medium")
     title = f"{log.env.iloc[0]}: each metric and plasticity, a point for each measurement"
     figure.suptitle(title, x=0.01, ha="left", fontsize="medium")
     return figure
@@ -662,15 +662,26 @@ def print_table(title: str, rows: pd.DataFrame, markdown: bool) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draw the logs of any number of runs.", allow_abbrev=False
+        description="Draw the logs of any number of runs. Defaults are in parentheses.",
+        allow_abbrev=False,
     )
     option = parser.add_argument
     runs = [Path("runs")]
     option("folders", nargs="*", type=Path, default=runs, help="runs, or folders of runs (runs)")
     option("--out", type=Path, default="figures", help="folder for the figures (figures)")
-    option("--smooth", type=float, default=0.8, help="moving average of returns, 0: none (0.8)")
-    option("--format", choices=("png", "pdf", "svg"), default="png", help="of the figures (png)")
-    option("--table", action="store_true", help="print the table as Markdown")
+    option(
+        "--smooth",
+        type=float,
+        default=0.8,
+        help="moving average of returns: weight of the past (0.8)",
+    )
+    option(
+        "--format",
+        choices=("png", "pdf", "svg"),
+        default="png",
+        help="file format of the figures (png)",
+    )
+    option("--table", action="store_true", help="print the tables as Markdown")
 
     def exit_with_one_line(message):
         parser.exit(2, f"error: {message} (see --help)\n")

@@ -90,7 +90,7 @@ def our_runs() -> dict[str, Callable[[], float]]:
         args = dqn.Args(**SETTINGS, **settings)
         try:
             dqn.check(args)
-        except metrics.UserError as error:  # such as: the hardware has no bfloat16
+        except metrics.UserError as error:  # such as: the hardware does not support bfloat16
             print(f"{name} is left out: {error}\n")
             continue
         runs[name] = timed(args, 2 * STEPS)

@@ -568,7 +568,7 @@ def test_gradients_are_clipped_and_the_norm_of_the_log_is_that_before():
 def test_bf16_needs_the_hardware(monkeypatch, capsys):
     without = {"avx512_bf16": False, "avx2": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", mock.Mock(return_value=without))
-    message = "--bf16: the hardware of --device cpu has no bfloat16"
+    message = "--bf16: the hardware of --device cpu does not support bfloat16"
     check_mistake(dqn, "--env CartPole --device cpu --bf16", message, capsys)
 
 
@@ -600,7 +600,7 @@ def test_a_run_whose_episode_cannot_be_rendered_ends_like_any_other(monkeypatch,
     monkeypatch.setattr(gym.envs.classic_control.CartPoleEnv, "render", no_screen)
     folder = small_run(total_steps=1_000)
     printed = capsys.readouterr().out
-    assert printed.startswith(f"{folder}/episode.gif is left out: ")
+    assert printed.startswith(f"{folder}/episode.gif was not written: ")
     assert printed.endswith("no screen\n")
     assert rows(folder) == expected
     assert not (folder / "episode.gif").exists()

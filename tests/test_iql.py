@@ -832,13 +832,13 @@ def test_injection_steps_alone_are_as_many_injections(script):
     assert settings["injection_steps"] == [5]
 
 
-CONTRADICTIONS = """--injections 0 --injection-steps 9 => --injections 0 but --injection-steps 9;
---injections 2 --injection-steps 100 => --injections 2 but --injection-steps 100;
---injections 1 --injection-steps 100 200 => --injections 1 but --injection-steps 100 200;
+CONTRADICTIONS = """--injections 0 --injection-steps 9 => 0 contradicts --injection-steps 9;
+--injections 2 --injection-steps 100 => 2 contradicts --injection-steps 100;
+--injections 1 --injection-steps 100 200 => 1 contradicts --injection-steps 100 200;
 --injections 0 --injection-trigger erank --injection-threshold 3 => --injections;
 --injections 1 --injection-trigger erank => --injection-threshold;
 --injections 1 --injection-threshold 3 => --injection-trigger;
---injections 1 --injection-trigger erank --injection-threshold 3 --injection-steps 9 => exclude"""
+--injections 1 --injection-trigger erank --injection-threshold 3 --injection-steps 9 => without"""
 
 
 @both_scripts
@@ -855,7 +855,7 @@ def test_contradictory_injection_settings_are_refused_from_python(
     started = mock.Mock(side_effect=AssertionError("the run was started"))
     monkeypatch.setattr(metrics, "Run", started)
     args = script.Args(injections=injections, injection_steps=(100,))
-    with pytest.raises(metrics.UserError, match=f"--injections {injections} but"):
+    with pytest.raises(metrics.UserError, match=f"--injections {injections} contradicts"):
         script.train(args)
     assert not list(tmp_path.iterdir())
 

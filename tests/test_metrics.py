@@ -584,7 +584,7 @@ def test_a_gif_has_at_most_60_seconds_and_2_mb_and_no_failure_ends_the_run(tmp_p
             assert gif.info["duration"] == milliseconds
         assert path.stat().st_size < 2e6
     SAVE_GIF(tmp_path / "none.gif", iter(()), 15)
-    assert "none.gif is left out: " in capsys.readouterr().out
+    assert "none.gif was not written: " in capsys.readouterr().out
     assert list(tmp_path.iterdir()) == [path]
 
 

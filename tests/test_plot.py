@@ -268,7 +268,7 @@ def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
         "optimum: -33",
         "not smoothed",
         "injection (vertical)",
-        "offline part",
+        "offline phase",
     ]
     (ax,) = figure.axes
     (injection,) = [drawn for drawn in ax.lines if set(drawn.get_xdata()) == {4_000}]
@@ -281,7 +281,7 @@ def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
     assert not any(len(band.get_paths()[0].vertices) for band in bands)  # of a single run: none
     assert "single runs" in figure.get_suptitle() and "offline" in ax.get_xlabel()
     online = read(*LOGS.glob("Pointmass*")).assign(phase="online")  # as with --offline-steps 0
-    assert "offline part" not in legend(draw(online, ["eval_return"]))
+    assert "offline phase" not in legend(draw(online, ["eval_return"]))
 
 
 def test_dashes_of_injections_at_the_same_step_take_turns(monkeypatch):
@@ -419,7 +419,7 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     # Two tables, each of a name, a head and the standard agent, and an empty line between them.
     assert code == 0 and len(tables.strip().splitlines()) == 7
     assert "seed2/log.csv: left out 4 damaged or half-written line(s)" in notes
-    assert "seed2: unfinished at step 4,000, not in the table" in notes
+    assert "seed2: unfinished at step 4,000, not in the tables" in notes
     assert (
         all(f"seed{seed}: " in notes for seed in (3, 4, 5, 6, 7))
         and "notes: " in notes
@@ -444,7 +444,7 @@ def test_a_variant_without_any_value_yet_is_left_out_of_its_panel(tmp_path, comm
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["empty"], "no run in empty"),
+        (["empty"], "no run found in empty"),
         (["missing"], "No such file or directory: 'missing'"),
         (["empty", "--smooth", "1"], "--smooth has to be at least 0 and below 1, not 1"),
         (["empty", "--smooth", "much"], "argument --smooth: invalid float value: 'much'"),
@@ -705,7 +705,7 @@ def test_injections_at_fixed_steps_are_lines_and_triggered_ones_ticks_at_the_low
     assert sorted(segment[0, 0] for segment in segments) == [1_000, 2_000, 4_000, 5_000]
     heights = ticks[0].get_transform().transform(np.concatenate(segments))[:, 1]
     assert panel.y0 <= heights.min() and heights.max() <= panel.y0 + 0.1 * panel.height
-    assert legend(figure) == ["injection (vertical)", "injection when triggered"]
+    assert legend(figure) == ["injection (vertical)", "triggered injection"]
 
 
 def test_legend_entries_that_stand_for_all_variants_are_grey(tmp_path):
@@ -723,7 +723,7 @@ def test_legend_entries_that_stand_for_all_variants_are_grey(tmp_path):
         "not smoothed",
         "freshly initialised twin",
         "injection (vertical)",
-        "injection when triggered",
+        "triggered injection",
     ):
         red, green, blue = plt.matplotlib.colors.to_rgb(colours[name].get_color())
         assert red == green == blue and 0.3 < red < 0.7
@@ -761,7 +761,7 @@ def test_panels_have_the_names_that_a_person_uses(tmp_path):
     assert [ax.get_xlabel() for ax in correlations.axes] == [
         "Effective rank of the weights",
         "Effective rank of the features",
-        "Mean size of a weight",
+        "Mean absolute weight",
         "Updated units (%)",
         "Dormant units (%)",
     ]

@@ -308,7 +308,7 @@ def test_a_full_disk_ends_the_run_with_one_line_and_nothing_is_lost(fault, undis
         code = run(env)
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert code == 1
-    line = rf"error: .*{FAULTS[fault]}.* the same command continues from the last checkpoint, .*\n"
+    line = rf"error: .*{FAULTS[fault]}.* the same command continues from the latest checkpoint.*\n"
     assert re.fullmatch(line, capfd.readouterr().err)
     assert (folder / "checkpoint.pt").read_bytes() == before["checkpoint"]
     count = len(before["rows"])
@@ -415,7 +415,7 @@ def test_replay_that_is_cut_short_is_refused_wherever_its_newest_transitions_lie
     whole = path.read_bytes()
     path.write_bytes(whole[:-960])  # 30 slots less
     error = refused(env, "replay", capsys, *flags)
-    assert f"{path} has changed since the last checkpoint: put it back, or delete " in error
+    assert f"{path} has changed since the latest checkpoint: put it back, or delete " in error
     path.write_bytes(whole)
     assert run(env, *flags) == 0
 
@@ -438,7 +438,7 @@ def test_data_set_and_config_that_have_changed_are_refused_until_they_are_back(u
     data["reward"][7] -= 1
     iql.save_arrays(path, data)
     error = refused(env, None, capsys)
-    assert f"{path} has changed since the last checkpoint: put it back, or delete " in error
+    assert f"{path} has changed since the latest checkpoint: put it back, or delete " in error
     path.write_bytes(b"")
     assert f"{path} cannot be read" in refused(env, None, capsys)
     path.unlink()  # then the same is collected again
@@ -462,7 +462,7 @@ def test_data_set_of_a_flag_that_has_changed_is_refused_until_it_is_back(undistu
     data["action"][:] = 0
     iql.save_arrays(Path("data.npz"), data)
     error = refused(env, None, capsys, *flags)
-    assert "data.npz has changed since the last checkpoint: put it back, or delete " in error
+    assert "data.npz has changed since the latest checkpoint: put it back, or delete " in error
     shutil.copy(collected, "data.npz")
     assert run(env, *flags) == 0
     assert rows(FOLDERS[env]) == whole
@@ -544,7 +544,7 @@ def test_a_stopped_run_says_how_to_continue(moment, undisturbed, interruptible, 
     capsys.readouterr()
     with at(env, function, step, functools.partial(os.kill, os.getpid(), number)):
         assert run(env) == 130
-    line = "Stopped: the same command continues from the last checkpoint, .*\n"
+    line = "Stopped: the same command continues from the latest checkpoint, .*\n"
     assert re.fullmatch(line, capsys.readouterr().err)
     assert run(env) == 0
     assert rows(FOLDERS[env]) == whole
@@ -779,7 +779,7 @@ STARTED = "error: started\n"
 def test_too_little_disk_is_refused_with_the_buffer_size_that_fits(monkeypatch, capsys, tmp_path):
     disk = mock.Mock(return_value=Usage(10**12, 0, 1_040_000_000))
     monkeypatch.setattr(shutil, "disk_usage", disk)
-    line = r"error: .* needs 7,\d+.\d MB .*, 940.0 MB .* make room, .* --buffer-size (\d+)\n"
+    line = r"error: .* needs 7,\d+.\d MB .* 940.0 MB .* room, .* --buffer-size (\d+) or less\n"
     size = int(re.fullmatch(line, attempt(capsys))[1])
     assert 130_000 < size < 133_000  # of 7 KB each
     assert attempt(capsys, "--buffer-size", size) == STARTED
@@ -790,7 +790,8 @@ def test_too_little_disk_is_refused_with_the_buffer_size_that_fits(monkeypatch, 
     assert not list(tmp_path.iterdir())
 
     disk.return_value = Usage(10**12, 0, 0)
-    assert "make room" in attempt(capsys, "--buffer-size", 3_000)
+    # No replay would fit, so none is proposed.
+    assert attempt(capsys, "--buffer-size", 3_000).endswith(": make room\n")
     # What a run that continues has written is no longer free.
     folder = metrics.run_folder(dqn.Args())
     folder.mkdir(parents=True)
