@@ -414,6 +414,9 @@ def add_legend(figure: plt.Figure) -> None:
                 entries[textwrap.fill(name, 34)] = handle
     place = {"loc": "outside lower center", "ncols": 3, "frameon": False, "markerscale": 1.5}
     legend = figure.legend(entries.values(), entries.keys(), **place)
+    # Beyond the 1.2 inches that new_figure leaves for it, the legend may not shrink the panels.
+    height = legend.get_window_extent().height / figure.dpi
+    figure.set_figheight(figure.get_figheight() + max(0, height - 1.2))
     for handle in legend.legend_handles:
         handle.set_alpha(1)
 

@@ -751,6 +751,15 @@ def test_overviews_are_legible_on_a_page_of_850_pixels(tmp_path):
             assert not any(box.overlaps(other) for other in boxes[k + 1 :])
 
 
+@pytest.mark.filterwarnings("error")  # Matplotlib warns where it finds no room for the panels
+def test_long_names_in_the_legend_do_not_shrink_the_panels(tmp_path):
+    settings = "adam_eps=1e-08, train_frequency=2, target_network_frequency=250, max_grad_norm=10"
+    write_variants(tmp_path, *[f"standard, {settings}, end_e=0.{k}" for k in range(12)])
+    figure = draw(read(tmp_path), ["eval_return"])
+    figure.canvas.draw()
+    assert extent(figure, figure.axes[0]).height / figure.dpi > 2
+
+
 def test_panels_have_the_names_that_a_person_uses(tmp_path):
     write_variants(tmp_path, "standard", "l2-constant")
     log = read(tmp_path)
