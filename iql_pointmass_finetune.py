@@ -611,7 +611,7 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path, allow_pickle=False) as file:
             data = {name: file[name] for name in file.files}
-    except Exception as error:  # a damaged file makes NumPy raise all kinds
+    except Exception as error:  # a damaged file makes NumPy raise all kinds of errors
         reason = type(error).__name__
         advice = "replace it, or, if the explorer collected it, delete it to collect it again"
         raise UserError(f"{path} cannot be read as an .npz file ({reason}): {advice}") from error

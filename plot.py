@@ -213,7 +213,7 @@ def read_pictures(log: pd.DataFrame) -> dict[str, dict]:
         try:
             with np.load(path) as file:
                 pictures[label] = {name: file[name] for name in PICTURE}
-        except Exception as error:  # noqa: BLE001 - a damaged file makes NumPy raise all kinds
+        except Exception as error:  # noqa: BLE001 - a damaged file raises all kinds of errors
             print(f"left out {path}: {error}", file=sys.stderr)
     return pictures
 
