@@ -646,6 +646,8 @@ def offline_data(args: Args) -> dict[str, np.ndarray]:
     path = dataset_path(args)
     if not args.dataset:
         # Several runs of this seed may start at once, and one of them collects the data for all.
+        if not path.exists():
+            print(f"{path} is missing. This run collects it, or waits for one that does.")
         with metrics.locked(path.with_name(f".{path.stem}.lock"), of=path, timeout=600):
             if not path.exists():
                 save_arrays(path, collect(args))

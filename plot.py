@@ -744,6 +744,8 @@ def main() -> None:
             path = args.out / f"{env}_{name}.{args.format}"
             figure.savefig(path, dpi=150, bbox_inches="tight")
         plt.close("all")
+        if not args.table:  # whose output is Markdown, to be used as it is
+            print(f"{env}: {len(figures)} figures in {args.out}\n")
     for title, rows in tables.items():
         print_table(title, rows, markdown=args.table)
 

@@ -486,6 +486,7 @@ def test_a_run_through_the_command_line():
     assert done.stderr == ""
     variant = "l2-constant+layer-norm-before+leaky-relu+injection-1"
     folder = Path(f"runs/PointmassHard__{variant}__seed1")
+    assert "This run collects it, or waits for one that does." in done.stdout
     assert "free cells visited, goal reached in 0 of 1 episodes" in done.stdout
     assert str(folder) in done.stdout
 

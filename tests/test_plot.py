@@ -416,8 +416,9 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     (tmp_path / "Task__standard__seed6" / "log.csv").write_bytes(bytes(range(256)))
     (tmp_path / "notes").mkdir()
     code, tables, notes = command(tmp_path, columns=("eval_return", "erank"))
-    # Two tables, each of a name, a head and the standard agent, and an empty line between them.
-    assert code == 0 and len(tables.strip().splitlines()) == 7
+    # Where the figures are, and two tables, each of a name, a head and the standard agent; between
+    # them empty lines.
+    assert code == 0 and len(tables.strip().splitlines()) == 9
     assert "seed2/log.csv: left out 4 damaged or half-written line(s)" in notes
     assert "seed2: unfinished at step 4,000, not in the tables" in notes
     assert (
@@ -564,7 +565,11 @@ def test_only_unfinished_runs_are_drawn_without_a_table(tmp_path, command):
     assert (
         "seed1: unfinished at step 2,000" in notes and "seed2: unfinished at step 39,000" in notes
     )
-    assert code == 0 and output == "" and Path("figures/Task_eval_return.png").exists()
+    figures = list(Path("figures").iterdir())
+    assert code == 0 and Path("figures/Task_eval_return.png") in figures
+    assert output == f"Task: {len(figures)} figures in figures\n\n"
+    # With --table the output is Markdown and nothing else.
+    assert command(tmp_path, "--table")[1] == ""
 
 
 @pytest.mark.parametrize("kind", ["png", "pdf", "svg"])
