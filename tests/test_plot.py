@@ -56,24 +56,23 @@ def write_run(root, name, returns, erank=10.0, total=None, **settings):
     returns."""
     folder = Path(root) / name
     folder.mkdir(parents=True)
-    settings |= {
-        "seed": int(name[-1]),
-        "total_steps": total or 1_000 * len(returns),
-        "device": "cpu",
-    }
+    settings["seed"] = int(name[-1])
+    settings["total_steps"] = total or 1_000 * len(returns)
+    settings["device"] = "cpu"
     (folder / "config.json").write_text(json.dumps(settings))
-    rows = [f"{1_000 * (i + 1)},{-value},{value},0,{erank},50" for i, value in enumerate(returns)]
-    (folder / "log.csv").write_text("\n".join([",".join(DQN), *rows, ""]))
+    rows = []
+    for i, value in enumerate(returns):
+        rows.append([1_000 * (i + 1), -value, value, 0, erank, 50])
+    write_log(folder, DQN, rows)
     return folder
 
 
 def write_digits_run(root, name, scores):
     folder = write_run(root, name, [0] * len(scores), total=1_500 * len(scores))
-    write_log(
-        folder,
-        DQN,
-        [[1_500 * (i + 1), 15 * score, "", 0, 10, 50] for i, score in enumerate(scores)],
-    )
+    rows = []
+    for i, score in enumerate(scores):
+        rows.append([1_500 * (i + 1), 15 * score, "", 0, 10, 50])
+    write_log(folder, DQN, rows)
     return folder
 
 
@@ -119,7 +118,8 @@ def difference_table(*folders):
 
 def moving_average(values, weight):
     """TensorBoard's: debiased, so that the first value is the first measurement."""
-    total, smoothed = 0.0, []
+    total = 0.0
+    smoothed = []
     for i, value in enumerate(values):
         total = weight * total + (1 - weight) * value
         smoothed.append(total / (1 - weight ** (i + 1)))
@@ -135,16 +135,15 @@ def test_a_line_is_the_mean_of_the_moving_averages_of_real_runs():
     np.testing.assert_allclose(values, np.mean(smooth, axis=0))
     band = figure.axes[0].collections[0].get_paths()[0].vertices
     for step, first, second in zip(steps, *smooth):
-        margin = (
-            12.7062 * abs(first - second) / 2
-        )  # Student's t for one degree of freedom, times the standard error
+        # Student's t for one degree of freedom, times the standard error.
+        margin = 12.7062 * abs(first - second) / 2
         drawn = band[band[:, 0] == step, 1]
         middle = (first + second) / 2
-        np.testing.assert_allclose(
-            [drawn.min(), drawn.max()], [middle - margin, middle + margin], rtol=1e-5
-        )
+        np.testing.assert_allclose(drawn.min(), middle - margin, rtol=1e-5)
+        np.testing.assert_allclose(drawn.max(), middle + margin, rtol=1e-5)
     title = "CartPole: mean over 2 seeds, 95 % t-interval; returns: moving average 0.8"
-    assert figure.get_suptitle() == title and line_ends(figure) == ["standard"]
+    assert figure.get_suptitle() == title
+    assert line_ends(figure) == ["standard"]
     raw = figure.axes[0].lines[1]
     np.testing.assert_allclose(raw.get_ydata(), np.mean([log.eval_return for log in logs], axis=0))
 
@@ -154,7 +153,8 @@ def test_without_smoothing_the_line_is_the_raw_mean_alone():
     logs = [pd.read_csv(folder / "log.csv") for folder in LOGS.glob("CartPole*")]
     mean = np.mean([log.eval_return for log in logs], axis=0)
     np.testing.assert_allclose(line(figure.axes[0], "standard")[1], mean)
-    assert len(figure.axes[0].lines) == 1 and "moving average" not in figure.get_suptitle()
+    assert len(figure.axes[0].lines) == 1
+    assert "moving average" not in figure.get_suptitle()
     assert legend(figure) == []
 
 
@@ -196,9 +196,8 @@ def test_the_interval_covers_the_truth_as_often_as_it_says_even_with_five_seeds(
     summary = plot.summarise(pd.DataFrame(worlds))
     np.testing.assert_allclose(summary["mean"], worlds.mean(axis=1))
     covered = (summary.low <= 3) & (3 <= summary.high)
-    assert (
-        0.94 < covered.mean() < 0.96
-    )  # the percentile bootstrap, which was here before, covers 0.83
+    # The percentile bootstrap, which was here before, covers 0.83.
+    assert 0.94 < covered.mean() < 0.96
 
 
 def test_the_interval_of_a_known_example():
@@ -215,7 +214,8 @@ def test_where_not_all_seeds_have_arrived_the_line_has_no_band(tmp_path):
     assert summary.low.isna().tolist() == summary.high.isna().tolist() == [False, False, True, True]
     one = read(tmp_path / "Task__standard__seed1")
     alone = plot.summarise(plot.curves(one, "eval_return", 0))
-    assert alone["mean"].tolist() == [1, 2, 3, 4] and alone[["low", "high"]].isna().all(axis=None)
+    assert alone["mean"].tolist() == [1, 2, 3, 4]
+    assert alone[["low", "high"]].isna().all(axis=None)
 
 
 def test_runs_measured_at_different_steps_are_joined_by_straight_lines():
@@ -224,9 +224,8 @@ def test_runs_measured_at_different_steps_are_joined_by_straight_lines():
     )
     runs = plot.curves(log, "erank", 0)
     np.testing.assert_allclose(runs["a"], [0, 5, 10, 15, 20])
-    np.testing.assert_allclose(
-        runs["b"], [np.nan, 5, 10, 15, np.nan]
-    )  # nothing beyond its own measurements
+    # Nothing beyond its own measurements.
+    np.testing.assert_allclose(runs["b"], [np.nan, 5, 10, 15, np.nan])
 
 
 def test_digits_score_per_task():
@@ -246,7 +245,8 @@ def test_digits_score_per_task():
     # Chance is shown although no score is as low.
     np.testing.assert_allclose(line(ax, "chance: 10")[1], 10)
     assert scores.min() > 10 > ax.get_ylim()[0]
-    assert ax.get_xlabel() == "task (1,500 steps each)" and "%" in ax.get_title(loc="left")
+    assert ax.get_xlabel() == "task (1,500 steps each)"
+    assert "%" in ax.get_title(loc="left")
 
 
 def test_digits_table_has_the_first_and_the_last_tasks(tmp_path):
@@ -274,28 +274,31 @@ def test_iql_figure_shows_the_offline_part_the_injection_and_the_optimum():
     (injection,) = [drawn for drawn in ax.lines if set(drawn.get_xdata()) == {4_000}]
     assert list(injection.get_ydata()) == [0, 1]  # from edge to edge, at the first row with it
     assert set(line(ax, "optimum: -33")[1]) == {-33}
-    assert ax.patches[0].get_x() == 0 and ax.patches[0].get_width() == 3_000
+    assert ax.patches[0].get_x() == 0
+    assert ax.patches[0].get_width() == 3_000
     drawn = [*ax.lines, *ax.collections]
     assert ax.patches[0].get_zorder() < min(artist.get_zorder() for artist in drawn)
     bands = [band for band in ax.collections if band.get_paths()]
     assert not any(len(band.get_paths()[0].vertices) for band in bands)  # of a single run: none
-    assert "single runs" in figure.get_suptitle() and "offline" in ax.get_xlabel()
+    assert "single runs" in figure.get_suptitle()
+    assert "offline" in ax.get_xlabel()
     online = read(*LOGS.glob("Pointmass*")).assign(phase="online")  # as with --offline-steps 0
     assert "offline phase" not in legend(draw(online, ["eval_return"]))
 
 
 def test_dashes_of_injections_at_the_same_step_take_turns(monkeypatch):
-    log = pd.concat(
-        [read(*LOGS.glob("PointmassHard__injection-1*")).assign(variant=i) for i in range(3)]
-    )
-    log = log.assign(
-        label=pd.Categorical("injection-" + (log.variant + 1).astype(str)),
-        run=log.variant.astype(str),
-    )
+    one = read(*LOGS.glob("PointmassHard__injection-1*"))
+    copies = []
+    for i in range(3):
+        copies.append(one.assign(run=str(i), label=f"injection-{i + 1}"))
+    log = pd.concat(copies)
+    log = log.assign(label=pd.Categorical(log.label))
     dashes = []
-    monkeypatch.setattr(
-        plt.Axes, "axvline", lambda ax, step, linestyle, **_: dashes.append(linestyle)
-    )
+
+    def note_dashes(ax, step, linestyle, **_):
+        dashes.append(linestyle)
+
+    monkeypatch.setattr(plt.Axes, "axvline", note_dashes)
     draw(log, ["eval_return"])
     assert dashes == [(4 * i, (4, 8)) for i in range(3)]
 
@@ -305,7 +308,8 @@ def test_overview_has_every_column_and_no_empty_panel():
     columns = [column for column in plot.COLUMNS if column in log]
     figure = draw(log, columns)
     titles = [ax.get_title(loc="left") for ax in figure.axes]
-    assert titles == [plot.COLUMNS[column] for column in columns] and len(titles) == 7
+    assert titles == [plot.COLUMNS[column] for column in columns]
+    assert len(titles) == 7
     assert all(len(ax.lines) for ax in figure.axes)
     assert [ax.get_xlabel() for ax in figure.axes[-3:]] == ["environment steps"] * 3
     assert legend(figure) == ["standard", "not smoothed"]
@@ -317,13 +321,14 @@ def test_overview_has_every_column_and_no_empty_panel():
 def test_step_counts(tmp_path, steps, ticks):
     folder = write_run(tmp_path, "Task__standard__seed1", [1, 2], total=steps)
     text = (folder / "log.csv").read_text()
-    (folder / "log.csv").write_text(
-        text.replace("\n2000,", f"\n{steps},").replace("\n1000,", "\n0,")
-    )
+    text = text.replace("\n2000,", f"\n{steps},")
+    text = text.replace("\n1000,", "\n0,")
+    (folder / "log.csv").write_text(text)
     figure = draw(read(tmp_path), ["erank"])
     figure.canvas.draw()
     shown = [label.get_text() for label in figure.axes[0].get_xticklabels()]
-    assert "0" in shown and set(ticks) <= set(shown)
+    assert "0" in shown
+    assert set(ticks) <= set(shown)
 
 
 @pytest.mark.parametrize(
@@ -339,7 +344,8 @@ def test_step_counts(tmp_path, steps, ticks):
 def test_reference_levels(tmp_path, env, returns, levels):
     write_run(tmp_path, f"{env}__standard__seed1", returns)
     figure = draw(read(tmp_path), ["eval_return"], smooth=0)
-    assert legend(figure) == levels and line_ends(figure) == ["standard"]
+    assert legend(figure) == levels
+    assert line_ends(figure) == ["standard"]
     assert legend(draw(read(tmp_path), ["erank"])) == []
 
 
@@ -369,34 +375,26 @@ def test_the_legend_is_outside_of_all_panels_however_long_and_many_the_labels(tm
     figure = draw(read(tmp_path), columns)
     figure.canvas.draw()
     box = figure.legends[0].get_window_extent()
-    assert len(legend(figure)) == 14 and "\n" in " ".join(legend(figure))
+    assert len(legend(figure)) == 14
+    assert "\n" in " ".join(legend(figure))
     assert not any(box.overlaps(ax.get_tightbbox()) for ax in figure.axes)
-    assert box.x0 >= 0 and box.x1 <= figure.bbox.width
+    assert box.x0 >= 0
+    assert box.x1 <= figure.bbox.width
 
 
 def test_other_settings_are_another_line_and_the_same_run_counts_once(tmp_path, command):
     for folder, value in (("a", 0.001), ("b", 0.01)):
         for seed in (1, 2):
-            write_run(
-                tmp_path / folder,
-                f"Task__l2-constant__seed{seed}",
-                [1, 2],
-                l2_lambda=value,
-                gamma=0.9,
-            )
+            name = f"Task__l2-constant__seed{seed}"
+            write_run(tmp_path / folder, name, [1, 2], l2_lambda=value, gamma=0.9)
     write_run(tmp_path / "c", "Task__l2-constant__seed1", [1, 2], l2_lambda=0.01)
     shutil.copytree(tmp_path / "b", tmp_path / "copy of b")
     assert command(tmp_path)[2].count("holds the same run") == 2
     runs = read(tmp_path).groupby("label").run.nunique()
-    one, other, lacking = (
-        "l2_lambda=0.001, gamma=0.9",
-        "l2_lambda=0.01, gamma=0.9",
-        "l2_lambda=0.01, gamma=nan",
-    )
     assert runs.to_dict() == {
-        f"l2-constant, {one}": 2,
-        f"l2-constant, {other}": 2,
-        f"l2-constant, {lacking}": 1,
+        "l2-constant, l2_lambda=0.001, gamma=0.9": 2,
+        "l2-constant, l2_lambda=0.01, gamma=0.9": 2,
+        "l2-constant, l2_lambda=0.01, gamma=nan": 1,
     }
 
 
@@ -407,9 +405,8 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
         write_run(tmp_path, f"Task__standard__seed{seed}", [1])
     write_run(tmp_path, "Task__standard__seed7", [1, 2], erank="1~.5")
     with (half / "log.csv").open("a") as file:
-        file.write(
-            'garbage\n\0\0"\n3500,,6\n4000,,7,0,10,50\n5000,,8,0,10,5'
-        )  # the last one is being written
+        # The last line is being written.
+        file.write('garbage\n\0\0"\n3500,,6\n4000,,7,0,10,50\n5000,,8,0,10,5')
     (tmp_path / "Task__standard__seed3" / "log.csv").write_text("")
     (tmp_path / "Task__standard__seed4" / "log.csv").write_text(",".join(DQN) + "\n")
     (tmp_path / "Task__standard__seed5" / "config.json").write_text("{")
@@ -418,18 +415,17 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     code, tables, notes = command(tmp_path, columns=("eval_return", "erank"))
     # Where the figures are, and two tables, each of a name, a head and the standard agent; between
     # them empty lines.
-    assert code == 0 and len(tables.strip().splitlines()) == 9
+    assert code == 0
+    assert len(tables.strip().splitlines()) == 9
     assert "seed2/log.csv: left out 4 damaged or half-written line(s)" in notes
     assert "seed2: unfinished at step 4,000, not in the tables" in notes
-    assert (
-        all(f"seed{seed}: " in notes for seed in (3, 4, 5, 6, 7))
-        and "notes: " in notes
-        and "seed1" not in notes
-    )
+    for seed in (3, 4, 5, 6, 7):
+        assert f"seed{seed}: " in notes
+    assert "notes: " in notes
+    assert "seed1" not in notes
     assert len(notes.splitlines()) == 8
-    np.testing.assert_allclose(
-        plot.curves(read(tmp_path), "eval_return", 0)[str(half)], [1, 2, 3, 7]
-    )
+    runs = plot.curves(read(tmp_path), "eval_return", 0)
+    np.testing.assert_allclose(runs[str(half)], [1, 2, 3, 7])
     assert Path("figures/Task_eval_return.png").stat().st_size > 10_000
 
 
@@ -458,18 +454,18 @@ def test_a_mistake_is_one_line_and_code_2(command, arguments, message):
     Path("file").touch()
     write_run("runs", "Task__standard__seed1", [1, 2])
     code, output, error = command(*arguments)
-    assert code == 2 and output == "" and error.count("\n") == 1
-    assert error.startswith("error: ") and message in error
+    assert code == 2
+    assert output == ""
+    assert error.count("\n") == 1
+    assert error.startswith("error: ")
+    assert message in error
 
 
 def test_table_and_markdown(tmp_path, command, monkeypatch):
     monkeypatch.setattr(plot, "draw_figure", lambda *_: plt.figure())
-    returns = {
-        1: np.arange(20.0),
-        2: np.arange(20.0) * 2,
-    }  # the last 10 % of 20,000 steps: steps 19,000 and 20,000
-    for seed, values in returns.items():
-        write_run(tmp_path, f"Task__standard__seed{seed}", values, erank=seed)
+    # The last 10 % of 20,000 steps are steps 19,000 and 20,000.
+    write_run(tmp_path, "Task__standard__seed1", np.arange(20.0), erank=1)
+    write_run(tmp_path, "Task__standard__seed2", np.arange(20.0) * 2, erank=2)
     columns = ("eval_return", "train_return", "erank")
     names = ["variant", "seeds", "eval_return, whole run", "eval_return, last 10 %"]
     names += ["train_return, last 10 % (mean over rows)"]
@@ -511,9 +507,8 @@ DIFFERENCE = "eval_return, whole run"
 def test_differences_from_the_standard_agent_are_paired_by_seed(tmp_path):
     for seed, level in enumerate((10, 200, 3_000), 1):  # seeds differ by far more than variants
         write_run(tmp_path, f"Task__standard__seed{seed}", [level, level])
-        write_run(
-            tmp_path, f"Task__l2-constant__seed{seed}", [level + seed, level + seed], l2="constant"
-        )
+        higher = level + seed
+        write_run(tmp_path, f"Task__l2-constant__seed{seed}", [higher, higher], l2="constant")
     write_run(tmp_path, "Task__layer-norm-after__seed3", [2_990, 2_990], layer_norm="after")
     write_run(tmp_path, "Task__layer-norm-after__seed4", [7, 7], layer_norm="after")
     write_run(tmp_path, "Task__leaky-relu__seed5", [8, 8], leaky_relu=True)
@@ -532,10 +527,9 @@ def test_differences_from_the_standard_agent_are_paired_by_seed(tmp_path):
 def test_a_run_is_compared_only_with_a_standard_run_of_the_same_other_settings(tmp_path):
     for gamma, level in ((0.5, 10), (0.9, 20)):
         folder = tmp_path / str(gamma)
+        higher = level + 1
         write_run(folder, "Task__standard__seed1", [level, level], gamma=gamma, l2_lambda=0)
-        write_run(
-            folder, "Task__l2-constant__seed1", [level + 1, level + 1], gamma=gamma, l2_lambda=0.1
-        )
+        write_run(folder, "Task__l2-constant__seed1", [higher, higher], gamma=gamma, l2_lambda=0.1)
     write_run(tmp_path, "Task__l2-constant__seed1", [5, 5], gamma=0.99, l2_lambda=0.1)
     rows = difference_table(tmp_path)[DIFFERENCE]
     assert rows.to_dict() == {"l2-constant, gamma=0.5": "+1.00", "l2-constant, gamma=0.9": "+1.00"}
@@ -562,11 +556,11 @@ def test_only_unfinished_runs_are_drawn_without_a_table(tmp_path, command):
     write_run(tmp_path, "Task__standard__seed1", [1, 2], total=9_000)
     write_run(tmp_path, "Task__standard__seed2", range(39), total=39_500)  # in its last 10 %
     code, output, notes = command(tmp_path)
-    assert (
-        "seed1: unfinished at step 2,000" in notes and "seed2: unfinished at step 39,000" in notes
-    )
+    assert "seed1: unfinished at step 2,000" in notes
+    assert "seed2: unfinished at step 39,000" in notes
     figures = list(Path("figures").iterdir())
-    assert code == 0 and Path("figures/Task_eval_return.png") in figures
+    assert code == 0
+    assert Path("figures/Task_eval_return.png") in figures
     assert output == f"Task: {len(figures)} figures in figures\n\n"
     # With --table the output is Markdown and nothing else.
     assert command(tmp_path, "--table")[1] == ""
@@ -578,9 +572,8 @@ def test_the_same_logs_give_the_same_bytes(command, kind):
         assert command(*LOGS.glob("CartPole*"), "--format", kind, "--out", out)[0] == 0
     names = [f"CartPole_eval_return.{kind}", f"CartPole_overview.{kind}"]
     assert sorted(file.name for file in Path("first").iterdir()) == names
-    assert all(
-        Path("first", name).read_bytes() == Path("second", name).read_bytes() for name in names
-    )
+    for name in names:
+        assert Path("first", name).read_bytes() == Path("second", name).read_bytes()
 
 
 def test_the_picture_shows_data_values_and_trajectories_in_the_maze():
@@ -588,22 +581,21 @@ def test_the_picture_shows_data_values_and_trajectories_in_the_maze():
         picture = dict(file)
     figure = plot.draw_picture({"injection-1": picture})
     data, agent = figure.axes[:2]
-    assert (
-        data.get_title().startswith("offline data")
-        and agent.get_title() == "injection-1: value, 10 episodes"
-    )
-    visits, drawn = (
-        ax.collections[0].get_array().reshape(picture["maze"].shape) for ax in (data, agent)
-    )
-    assert all((np.ma.getmaskarray(cells) == picture["maze"]).all() for cells in (visits, drawn))
-    np.testing.assert_allclose(
-        10 ** visits[~picture["maze"]] - 1, picture["coverage"][~picture["maze"]], atol=1e-9
-    )
-    np.testing.assert_allclose(drawn[~picture["maze"]], picture["value"][~picture["maze"]])
-    np.testing.assert_allclose(
-        agent.lines[3].get_xydata()[:, ::-1], picture["trajectories"][3]
-    )  # axis 0 is y
-    assert agent.get_ylim() == (22, 0) and agent.get_xlim() == (0, 22)
+    assert data.get_title().startswith("offline data")
+    assert agent.get_title() == "injection-1: value, 10 episodes"
+    walls = picture["maze"]
+    visits = data.collections[0].get_array().reshape(walls.shape)
+    values = agent.collections[0].get_array().reshape(walls.shape)
+    np.testing.assert_array_equal(np.ma.getmaskarray(visits), walls)
+    np.testing.assert_array_equal(np.ma.getmaskarray(values), walls)
+    counts = 10 ** visits[~walls] - 1
+    np.testing.assert_allclose(counts, picture["coverage"][~walls], atol=1e-9)
+    np.testing.assert_allclose(values[~walls], picture["value"][~walls])
+    # Axis 0 of the maze is y.
+    positions = agent.lines[3].get_xydata()[:, ::-1]
+    np.testing.assert_allclose(positions, picture["trajectories"][3])
+    assert agent.get_ylim() == (22, 0)
+    assert agent.get_xlim() == (0, 22)
 
 
 def test_the_picture_is_made_where_the_run_folder_has_one_and_stray_files_stop_nothing(
@@ -613,15 +605,14 @@ def test_the_picture_is_made_where_the_run_folder_has_one_and_stray_files_stop_n
     kinds = ("eval_return", "overview", "differences", "picture")
     names = {f"PointmassHard_{kind}.png" for kind in kinds}
     assert {file.name for file in Path("figures").iterdir()} == names
-    damaged = shutil.copytree(
-        LOGS / "PointmassHard__standard__seed1", tmp_path / "PointmassHard__standard__seed1"
-    )
+    name = "PointmassHard__standard__seed1"
+    damaged = shutil.copytree(LOGS / name, tmp_path / name)
     (damaged / "picture.npz").write_bytes(b"PK\x03\x04 half a file")
     (tmp_path / "sweep.txt").touch()
     code, _, notes = command(*tmp_path.glob("*"))  # as a shell expands runs/*
-    assert (
-        code == 0 and f"left out {damaged}/picture.npz: " in notes and "sweep.txt: [Errno" in notes
-    )
+    assert code == 0
+    assert f"left out {damaged}/picture.npz: " in notes
+    assert "sweep.txt: [Errno" in notes
 
 
 # ---- figures for people
@@ -656,38 +647,49 @@ def test_few_variants_are_named_at_the_ends_of_their_lines_and_many_in_the_legen
     figure = draw(log, ["eval_return"], smooth=0)
     figure.canvas.draw()
     (ax,) = figure.axes
-    assert sorted(line_ends(figure)) == sorted(few) and legend(figure) == []
-    boxes = sorted((extent(figure, text) for text in ax.texts), key=lambda box: box.y0)
-    assert all(below.y1 <= above.y0 for below, above in pairwise(boxes))
+    assert sorted(line_ends(figure)) == sorted(few)
+    assert legend(figure) == []
+    boxes = [extent(figure, text) for text in ax.texts]
+    boxes.sort(key=lambda box: box.y0)
+    for below, above in pairwise(boxes):
+        assert below.y1 <= above.y0
     panel = extent(figure, ax.patch)
-    assert all(panel.x1 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
-    assert panel.y0 - 10 <= boxes[0].y0 and boxes[-1].y1 <= panel.y1 + 10
+    for box in boxes:
+        assert panel.x1 <= box.x0
+        assert box.x1 <= figure.bbox.x1
+    assert panel.y0 - 10 <= boxes[0].y0
+    assert boxes[-1].y1 <= panel.y1 + 10
     for text in ax.texts:
         (drawn,) = [drawn for drawn in ax.lines if drawn.get_label() == text.get_text()]
         assert text.get_color() == drawn.get_color()
     figure = draw(read(tmp_path), ["eval_return"], smooth=0)  # a seventh
-    assert line_ends(figure) == [] and sorted(legend(figure)) == sorted([*few, "leaky-relu"])
+    assert line_ends(figure) == []
+    assert sorted(legend(figure)) == sorted([*few, "leaky-relu"])
     overview = draw(log, ["eval_return", "erank"], smooth=0)
     assert sorted(legend(overview)) == sorted(few)
 
 
 def test_the_name_of_a_line_is_where_the_line_ends(tmp_path):
-    for variant, last in (("standard", 10), ("injection-1", 20), ("l2-constant", 30)):
+    ends = {"standard": 10, "injection-1": 20, "l2-constant": 30}
+    for variant, last in ends.items():
         write_run(tmp_path, f"Task__{variant}__seed1", [0, last])
     figure = draw(read(tmp_path), ["eval_return"], smooth=0)
     figure.canvas.draw()
     (ax,) = figure.axes
-    for text, last in zip(sorted(ax.texts, key=lambda text: text.get_position()[1]), (10, 20, 30)):
+    assert len(ax.texts) == 3
+    for text in ax.texts:
         box = extent(figure, text)
+        last = ends[text.get_text()]
         end = ax.transData.transform((2_000, last))[1]
         assert box.y0 <= end <= box.y1
 
 
 def write_injected_run(root, name, steps, **settings):
     folder = write_run(root, name, [0], total=6_000, **settings)
-    rows = [
-        [step, 0, step, sum(step >= at for at in steps), 1, 50] for step in range(0, 7_000, 1_000)
-    ]
+    rows = []
+    for step in range(0, 7_000, 1_000):
+        injections = sum(at <= step for at in steps)
+        rows.append([step, 0, step, injections, 1, 50])
     write_log(folder, DQN, rows)
 
 
@@ -709,7 +711,8 @@ def test_injections_at_fixed_steps_are_lines_and_triggered_ones_ticks_at_the_low
     segments = ticks[0].get_segments()
     assert sorted(segment[0, 0] for segment in segments) == [1_000, 2_000, 4_000, 5_000]
     heights = ticks[0].get_transform().transform(np.concatenate(segments))[:, 1]
-    assert panel.y0 <= heights.min() and heights.max() <= panel.y0 + 0.1 * panel.height
+    assert panel.y0 <= heights.min()
+    assert heights.max() <= panel.y0 + 0.1 * panel.height
     assert legend(figure) == ["injection (vertical)", "triggered injection"]
 
 
@@ -719,19 +722,16 @@ def test_legend_entries_that_stand_for_all_variants_are_grey(tmp_path):
     for name, trigger in (("injection-1", None), ("injection-3-plasticity", "plasticity")):
         folder = write_full_run(tmp_path, f"Task__{name}__seed1", seed=3, injection_trigger=trigger)
         log = pd.read_csv(folder / "log.csv")
-        log.assign(injections=(log.step > 20_000).astype(int)).to_csv(
-            folder / "log.csv", index=False
-        )
+        log["injections"] = (log.step > 20_000).astype(int)
+        log.to_csv(folder / "log.csv", index=False)
     figure = draw(read(tmp_path), ["eval_return", "plasticity"])
     colours = dict(zip(legend(figure), figure.legends[0].legend_handles))
-    for name in (
-        "not smoothed",
-        "freshly initialised twin",
-        "injection (vertical)",
-        "triggered injection",
-    ):
+    of_all = ["not smoothed", "freshly initialised twin", "injection (vertical)"]
+    of_all.append("triggered injection")
+    for name in of_all:
         red, green, blue = plt.matplotlib.colors.to_rgb(colours[name].get_color())
-        assert red == green == blue and 0.3 < red < 0.7
+        assert red == green == blue
+        assert 0.3 < red < 0.7
     standard = plt.matplotlib.colors.to_rgb(colours["standard (seeds: 2)"].get_color())
     assert standard == (0, 0, 0)
 
@@ -788,7 +788,8 @@ def test_bands_and_thin_lines_do_not_decide_the_limits_of_an_axis(tmp_path):
     (ax,) = draw(read(tmp_path), ["eval_return"], smooth=0.8).axes
     thick = line(ax, "standard")[1]
     bottom, top = ax.get_ylim()
-    assert bottom < thick.min() and thick.max() < top
+    assert bottom < thick.min()
+    assert thick.max() < top
     assert top - bottom < 1.3 * (thick.max() - thick.min())
 
 
@@ -813,15 +814,18 @@ def test_the_figure_of_differences_is_paired_by_seed(tmp_path, command):
         np.testing.assert_allclose(drawn.min(), middle - margin, rtol=1e-5)
         np.testing.assert_allclose(drawn.max(), middle + margin, rtol=1e-5)
     low, high = ax.get_ylim()
-    assert low < band[:, 1].min() and band[:, 1].max() < high  # here the band is what matters
+    assert low < band[:, 1].min()
+    assert band[:, 1].max() < high  # here the band is what matters
     assert "difference from the standard agent" in figure.get_suptitle()
-    assert command(tmp_path)[0] == 0 and Path("figures/Task_differences.png").exists()
+    assert command(tmp_path)[0] == 0
+    assert Path("figures/Task_differences.png").exists()
 
 
 def test_without_a_shared_seed_there_is_no_figure_of_differences(tmp_path, command):
     write_run(tmp_path, "Task__standard__seed1", [1, 2])
     write_run(tmp_path, "Task__l2-constant__seed2", [1, 2], l2="constant")
-    assert command(tmp_path)[0] == 0 and not Path("figures/Task_differences.png").exists()
+    assert command(tmp_path)[0] == 0
+    assert not Path("figures/Task_differences.png").exists()
 
 
 # ---- which metric tracks plasticity
@@ -855,42 +859,34 @@ def correlation_table(*folders):
 
 
 def test_rank_correlations_are_over_all_rows_and_over_the_changes_within_runs(tmp_path):
-    # Both rise in all four runs. What counts within them is whether their changes go together.
-    write_probed_run(
-        tmp_path, "Task__standard__seed1", [1, 2, 4, 8, 16], [10, 11, 13, 17, 30]
-    )  # together: 1
-    write_probed_run(
-        tmp_path, "Task__standard__seed2", [1, 9, 13, 15, 16], [20, 21, 23, 27, 40]
-    )  # opposed: -1
-    write_probed_run(
-        tmp_path, "Task__standard__seed3", [1, 2, 4, 8, 16], [50, 51, 55, 57, 65]
-    )  # changes 1 4 2 8: 0.8
-    write_probed_run(
-        tmp_path, "Task__standard__seed4", [3, 3, 3, 3, 3], [40, 41, 45, 50, 60]
-    )  # constant: no part of it
+    # Metric and plasticity rise in the first three runs. Within a run their changes count.
+    first, second, third, fourth = [f"Task__standard__seed{seed}" for seed in (1, 2, 3, 4)]
+    # They go together: correlation 1.
+    write_probed_run(tmp_path, first, [1, 2, 4, 8, 16], [10, 11, 13, 17, 30])
+    # They are opposed: -1.
+    write_probed_run(tmp_path, second, [1, 9, 13, 15, 16], [20, 21, 23, 27, 40])
+    # They are 1 2 4 8 and 1 4 2 8: 0.8.
+    write_probed_run(tmp_path, third, [1, 2, 4, 8, 16], [50, 51, 55, 57, 65])
+    # A metric that is constant does not count.
+    write_probed_run(tmp_path, fourth, [3, 3, 3, 3, 3], [40, 41, 45, 50, 60])
     row = correlation_table(tmp_path).loc["erank"]
     log = read(tmp_path).dropna(subset="plasticity")
     by_hand = np.corrcoef(log.erank.rank(), log.plasticity.rank())[0, 1]
-    assert row["expected sign"] == "+" and row["relative plasticity"] == f"{by_hand:.2f}"
+    assert row["expected sign"] == "+"
+    assert row["relative plasticity"] == f"{by_hand:.2f}"
     assert row["relative plasticity, changes within runs"] == "0.80"  # the median of 1, -1 and 0.8
 
 
 def test_plasticity_counts_as_a_share_of_its_fresh_twins(tmp_path):
     metric = [1, 2, 3, 4, 5]
-    plasticity = [
-        50,
-        40,
-        30,
-        20,
-        10,
-    ]  # falls, while the observations become harder still: its share rises
+    # It falls, while the observations become harder still, so that its share rises.
+    plasticity = [50, 40, 30, 20, 10]
     twin = [100, 70, 45, 25, 11]
     write_probed_run(tmp_path, "Task__standard__seed1", metric, plasticity, twin)
     assert correlation_table(tmp_path).loc["erank", "relative plasticity"] == "1.00"
     panel = plot.draw_correlations(read(tmp_path)).axes[0]
-    np.testing.assert_allclose(
-        panel.collections[0].get_offsets()[:, 1], np.divide(plasticity, twin)
-    )
+    heights = panel.collections[0].get_offsets()[:, 1]
+    np.testing.assert_allclose(heights, np.divide(plasticity, twin))
 
 
 def test_the_table_holds_the_relative_plasticity_of_the_last_tenth_of_the_run(tmp_path):
@@ -906,9 +902,9 @@ def test_a_metric_of_the_data_counts_as_difference_from_its_twins(tmp_path):
     metric = [5, 4, 3, 2, 1]
     fresh_metric = [9, 7, 5, 3, 1]  # so the difference rises: -4, -3, -2, -1, 0
     newest = tmp_path / "newest"
-    write_probed_run(
-        newest, "Task__standard__seed1", metric, [1, 2, 3, 4, 5], fresh_metric=fresh_metric
-    )
+    plasticity = [1, 2, 3, 4, 5]
+    name = "Task__standard__seed1"
+    write_probed_run(newest, name, metric, plasticity, fresh_metric=fresh_metric)
     rows = correlation_table(newest)
     assert rows.loc["feature_erank minus its twin's", "relative plasticity"] == "1.00"
     assert rows.loc["erank", "relative plasticity"] == "-1.00"  # weights have no data in them
@@ -916,32 +912,26 @@ def test_a_metric_of_the_data_counts_as_difference_from_its_twins(tmp_path):
     (panel,) = [ax for ax in panels if "twin" in ax.get_xlabel()]
     np.testing.assert_allclose(panel.collections[0].get_offsets()[:, 0], [-4, -3, -2, -1, 0])
     # A log of an older version has no such column. The name says that the plain value was taken.
-    write_probed_run(tmp_path / "older", "Task__standard__seed1", metric, [1, 2, 3, 4, 5])
+    write_probed_run(tmp_path / "older", name, metric, plasticity)
     rows = correlation_table(tmp_path / "older")
-    assert rows.loc["feature_erank", "relative plasticity"] == "-1.00" and len(rows) == 2
+    assert rows.loc["feature_erank", "relative plasticity"] == "-1.00"
+    assert len(rows) == 2
 
 
 def test_in_digits_the_metrics_and_the_probe_are_compared_with_the_task_that_follows(tmp_path):
-    scores = [
-        50,
-        10,
-        20,
-        40,
-        80,
-    ]  # after its first four tasks erank has the order of the next score, plasticity not
-    write_probed_run(
-        tmp_path, "Digits__standard__seed1", [1, 2, 4, 8, 0], [9, 7, 4, 0.1, 0], score=scores
-    )
+    # After each of the first four tasks erank has the order of the next score, plasticity the
+    # opposite.
+    scores = [50, 10, 20, 40, 80]
+    erank = [1, 2, 4, 8, 0]
+    plasticity = [9, 7, 4, 0.1, 0]
+    write_probed_run(tmp_path, "Digits__standard__seed1", erank, plasticity, score=scores)
     rows = correlation_table(tmp_path)
     assert rows.loc["erank", "next task's score"] == "1.00"
-    assert (
-        rows.loc["erank", "next task's score, changes within runs"] == "1.00"
-    )  # 1, 2, 4 and 10, 20, 40
+    # The changes are 1, 2, 4 and 10, 20, 40.
+    assert rows.loc["erank", "next task's score, changes within runs"] == "1.00"
     probe = rows.loc["relative plasticity"]
-    assert (
-        probe["next task's score"] == "-1.00"
-        and probe["next task's score, changes within runs"] == "-1.00"
-    )
+    assert probe["next task's score"] == "-1.00"
+    assert probe["next task's score, changes within runs"] == "-1.00"
     assert probe["relative plasticity"] == "1.00"  # with itself
 
 
@@ -958,20 +948,24 @@ def test_what_cannot_be_correlated_has_a_dash(tmp_path):
 
 
 def test_plasticity_has_its_fresh_twin_beside_it_a_scatter_and_a_table(tmp_path, command):
-    for name, column in (("standard", [1, 2, 3, 5]), ("layer-norm-after", [3, 5, 4, 9])):
-        write_probed_run(
-            tmp_path, f"Task__{name}__seed1", column, [10, 20, 30, 40], [11, 21, 31, 41]
-        )
+    plasticity = [10, 20, 30, 40]
+    twin = [11, 21, 31, 41]
+    for name, metric in (("standard", [1, 2, 3, 5]), ("layer-norm-after", [3, 5, 4, 9])):
+        write_probed_run(tmp_path, f"Task__{name}__seed1", metric, plasticity, twin)
     (ax,) = draw(read(tmp_path), ["plasticity"], smooth=0).axes
     lines = [drawn for drawn in ax.lines if len(drawn.get_xdata())]
     twins = [drawn for drawn in lines if drawn.get_linestyle() == "--"]
     variants = [drawn for drawn in lines if drawn not in twins]
     assert [drawn.get_color() for drawn in twins] == [drawn.get_color() for drawn in variants]
-    assert len(twins) == 2 and all(line.get_ydata().tolist() == [11, 21, 31, 41] for line in twins)
+    assert len(twins) == 2
+    for drawn in twins:
+        assert drawn.get_ydata().tolist() == twin
     columns = ("plasticity", "erank", "feature_erank")
     code, tables, _ = command(tmp_path, "--table", columns=columns)
-    assert code == 0 and Path("figures/Task_correlations.png").stat().st_size > 10_000
-    assert "### Task: which metric tracks plasticity?" in tables and "\n| erank | + | 0." in tables
+    assert code == 0
+    assert Path("figures/Task_correlations.png").stat().st_size > 10_000
+    assert "### Task: which metric tracks plasticity?" in tables
+    assert "\n| erank | + | 0." in tables
 
 
 # ---- logs in which there is little or nothing
@@ -1056,10 +1050,13 @@ def test_a_log_with_little_in_it_stops_nothing(command, only_overviews, env, cas
     for name in ("injection-1__seed1", "injection-1__seed2", "standard__seed3"):
         write_sparse_run("runs", f"{env}__{name}", SPARSE[case])
     code, output, notes = command("runs", columns=ALL)
-    assert code == 0 and ("injection-1" in output) == (case != "nothing measured")
+    assert code == 0
+    assert ("injection-1" in output) == (case != "nothing measured")
     write_run("runs", f"{env}__standard__seed1", [3] * 5)  # beside a whole run
     code, output, notes = command("runs", columns=ALL)
-    assert code == 0 and "\nstandard" in output.replace(" ", "") and notes == ""
+    assert code == 0
+    assert "\nstandard" in output.replace(" ", "")
+    assert notes == ""
 
 
 @pytest.mark.parametrize("case", ["no row with both", "plasticity alone", "no twin", "one row"])
@@ -1068,7 +1065,9 @@ def test_a_log_with_little_in_it_stops_nothing_while_the_run_continues(
 ):
     write_sparse_run(tmp_path, "Task__injection-1__seed1", SPARSE[case], total=9_000)
     code, output, notes = command(tmp_path, columns=ALL)
-    assert code == 0 and "\ninjection-1" not in output and "unfinished at step" in notes
+    assert code == 0
+    assert "\ninjection-1" not in output
+    assert "unfinished at step" in notes
 
 
 @pytest.mark.parametrize(
@@ -1081,20 +1080,19 @@ def test_a_column_that_is_missing_or_empty_is_left_out(
     row = {"train_return": 750, "eval_return": 4, "injections": 0, "erank": 3, **PROBE}
     rows = [{"step": step, **row, column: ""} for step in range(1_000, 6_000, 1_000)]
     write_sparse_run(tmp_path, f"{env}__standard__seed1", rows, columns=["step", *row])
-    write_sparse_run(
-        tmp_path,
-        f"{env}__standard__seed2",
-        rows,
-        columns=["step", *(name for name in row if name != column)],
-    )
+    others = [name for name in row if name != column]
+    write_sparse_run(tmp_path, f"{env}__standard__seed2", rows, columns=["step", *others])
     code, output, notes = command(tmp_path, columns=ALL)
-    assert code == 0 and notes == "" and "\nstandard2" in output.replace(" ", "")
+    assert code == 0
+    assert notes == ""
+    assert "\nstandard2" in output.replace(" ", "")
 
 
 def test_of_digits_without_a_standard_agent_there_is_no_level_of_its_first_task(tmp_path):
     write_digits_run(tmp_path, "Digits__injection-1__seed1", [30, 20])
     figure = draw(read(tmp_path), ["score"])
-    assert legend(figure) == ["chance: 10"] and line_ends(figure) == ["injection-1"]
+    assert legend(figure) == ["chance: 10"]
+    assert line_ends(figure) == ["injection-1"]
 
 
 # ---- where the runs lie
@@ -1115,7 +1113,8 @@ def test_runs_behind_links_are_read_once_each_also_where_links_form_a_loop(tmp_p
     (tmp_path / "linked").symlink_to(runs)
     for folders in (["runs"], ["linked"], ["linked", "runs", "elsewhere"]):
         log = read(*(tmp_path / folder for folder in folders))
-        assert log.run.nunique() == 3 and len(log) == 6
+        assert log.run.nunique() == 3
+        assert len(log) == 6
         assert log.groupby("label").run.nunique().to_dict() == {"standard": 3}
 
 
@@ -1123,14 +1122,16 @@ def test_a_link_that_leads_nowhere_is_reported(tmp_path, command):
     write_run(tmp_path, "Task__standard__seed1", [1, 2])
     (tmp_path / "Task__standard__seed2").symlink_to("/a/disk/that/is/not/mounted")
     code, _, notes = command(tmp_path)
-    assert code == 0 and notes.startswith(f"left out {tmp_path}/Task__standard__seed2: ")
+    assert code == 0
+    assert notes.startswith(f"left out {tmp_path}/Task__standard__seed2: ")
 
 
 @pytest.mark.parametrize("env", ["Task", "My__Env", "My__Other__Env-v0"])
 def test_the_name_of_an_env_may_hold_two_underscores(tmp_path, env):
     write_run(tmp_path, f"{env}__l2-constant__seed1", [1, 2])
     log = read(tmp_path)
-    assert log.env.unique().tolist() == [env] and log.label.unique().tolist() == ["l2-constant"]
+    assert log.env.unique().tolist() == [env]
+    assert log.label.unique().tolist() == ["l2-constant"]
 
 
 def test_a_name_without_a_seed_is_no_run(tmp_path, command):
@@ -1146,7 +1147,8 @@ def test_a_reader_that_has_seen_enough_leaves_no_traceback():
     command = [sys.executable, plot.__file__, "--table"]
     done = subprocess.run(command, check=False, stdout=writer, stderr=subprocess.PIPE, text=True)
     os.close(writer)
-    assert "Traceback" not in done.stderr and "Broken pipe" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert "Broken pipe" not in done.stderr
 
 
 def test_a_seed_without_a_value_yet_leaves_its_variant_without_a_band(tmp_path):

@@ -126,7 +126,8 @@ class Watch:
 def optimizer_settings(optimizer):
     group = optimizer.param_groups[0]
     extras = (group["weight_decay"], group["amsgrad"], group["maximize"])
-    assert type(optimizer) is torch.optim.Adam and extras == (0, False, False)
+    assert type(optimizer) is torch.optim.Adam
+    assert extras == (0, False, False)
     return group["lr"], group["eps"], *group["betas"]
 
 
