@@ -35,7 +35,7 @@ import re
 import shutil
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -59,7 +59,7 @@ VERSION = 6
 # ---- settings
 # fmt: off
 DEFAULTS_BY_ENV = {
-    #                            Atari games other flat  Digits
+    #                            Atari       others      Digits
     "total_steps":              (2_000_000,  300_000,    60_000),
     "eval_every":               (25_000,     10_000,     1_500),
     "plasticity_every":         (100_000,    2_000,      1_500),
@@ -101,7 +101,7 @@ class Args:
     bf16: bool = False
     # Length of the run in steps of the environment.
     total_steps: int = None
-    # Steps between evaluations, each with a checkpoint.
+    # Steps between evaluations, each with a checkpoint. On Digits it must be one task, 1,500.
     eval_every: int = None
     # Episodes per evaluation. Digits is not evaluated: its training return is the score.
     eval_episodes: int = 10
@@ -118,7 +118,7 @@ class Args:
     gamma: float = None
     # Transitions in an update.
     batch_size: int = None
-    # Transitions that the replay keeps.
+    # Transitions that the replay keeps; the end of an episode counts as one more.
     buffer_size: int = None
     # Steps before the first update. Digits counts them anew whenever its labels change.
     learning_starts: int = None
@@ -135,14 +135,15 @@ class Args:
     # Maximum norm of the gradient: a larger gradient is scaled down to it. 0 means no limit.
     max_grad_norm: float = None
 
-    # Number of plasticity injections; with a trigger, the maximum. By default one per step given.
+    # Number of plasticity injections; with a trigger, the maximum. By default one for each of
+    # --injection-steps, and so none without them.
     injections: int | None = None
-    # Steps at which to inject. By default spread evenly over the second half of the run.
+    # Steps at which to inject. By default spread evenly from the middle of the run on.
     injection_steps: tuple[int, ...] = ()
-    # Inject when the moving average of this metric crosses --injection-threshold.
+    # Inject when the moving average of this metric reaches --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # Threshold of the trigger: weight_magnitude and dormant_units inject at or above it, all others
-    # at or below it.
+    # Threshold of the trigger: with weight_magnitude or dormant_units it injects at or above the
+    # threshold, with all others at or below it.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
@@ -167,11 +168,13 @@ class Args:
     def __post_init__(self):
         metrics.check_kinds(self, complete=False)
         self.env = short_name(self.env)
-        column = 1
+        # The column of DEFAULTS_BY_ENV.
         if is_atari(self.env):
             column = 0
-        if self.env == "Digits":
+        elif self.env == "Digits":
             column = 2
+        else:
+            column = 1
         for name, defaults in DEFAULTS_BY_ENV.items():
             if getattr(self, name) is None:
                 setattr(self, name, defaults[column])
@@ -232,13 +235,14 @@ class Injected(nn.Module):
 
     def __init__(self, h: nn.Module, fresh: nn.Module):
         super().__init__()
-        # Itself an injected network after a second injection.
+        # After a second injection h is itself an injected network.
         self.h = h.requires_grad_(False)
         self.f1 = fresh
         self.f2 = copy.deepcopy(fresh).requires_grad_(False)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # In this order Q equals h to the last bit until f1 is trained.
+        # The brackets matter: f1 - f2 is exactly 0 until f1 is trained, so that Q equals h to the
+        # last bit.
         return self.h(obs) + (self.f1(obs) - self.f2(obs))
 
 
@@ -249,8 +253,8 @@ def trainable(q: nn.Module) -> nn.Sequential:
 
 def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[Injected, Injected]:
     """Inject the same fresh network into Q and its target network."""
-    # The target keeps its own, lagging h, so that its values do not jump either. Its f1 is a copy,
-    # which will lag behind Q's.
+    # The target keeps its own h, which lags as before, so that its values do not jump either. Its
+    # f1 is a copy, which will lag behind Q's.
     injected_target = Injected(target_network, copy.deepcopy(fresh))
     return Injected(q, fresh), injected_target.requires_grad_(False)
 
@@ -317,12 +321,13 @@ def train(args: Args) -> Path:
     check(args)  # refuses mistakes before anything is written
     settings = {**asdict(args), "version": VERSION}
     # A Run (metrics.py) is the folder of this run: settings, log and latest checkpoint. It counts
-    # the steps, from 1 or from where the checkpoint ends. They are cut into intervals of eval_every
-    # steps, each of which ends with an evaluation and a checkpoint.
+    # the steps, from 1, or from the step after the checkpoint. They are cut into intervals of
+    # eval_every steps, each of which ends with an evaluation and a checkpoint.
     with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
         replay_path = run.folder / "replay"
         if run.finished:
-            replay_path.unlink(missing_ok=True)  # left over if it was killed at its very end
+            # It is left over if the run was killed after its last checkpoint.
+            replay_path.unlink(missing_ok=True)
             return run.folder
         if not is_atari(args.env):
             torch.set_num_threads(1)  # one thread beats two on a small network
@@ -332,7 +337,7 @@ def train(args: Args) -> Path:
         if run.checkpoint is None:
             q = fresh_network(envs, args, step=0)
             target_network = copy.deepcopy(q).requires_grad_(False)
-            optimizer = adam(q, args)
+            optimizer = adam(trainable(q).parameters(), args)
             injected_at = []  # the steps of the injections so far
             smoothed_metric = None  # moving average of the metric of --injection-trigger
         else:
@@ -347,7 +352,8 @@ def train(args: Args) -> Path:
                 # checkpoint, and its log is that of a run that was never killed.
                 envs.close()
                 envs, obs, rng = fresh_start(args, step - 1)
-                # A run that continues has no gradients to log, so no interval starts with any.
+                # A run that continues has no gradients in memory. So that its log is that of a run
+                # that was never killed, every interval starts without them.
                 optimizer.zero_grad()
                 if args.env == "Digits":
                     # An interval is a task with new labels. Transitions with the old labels would
@@ -356,20 +362,26 @@ def train(args: Args) -> Path:
                     replay.empty()
                 episode_return = 0.0
                 returns = []  # of the episodes that ended since the latest row
-                loss = q_mean = grad_norm = None  # of the latest update
+                # Of the latest update.
+                loss = None
+                q_mean = None
+                grad_norm = None
 
             if injection_due(args, step, injected_at, smoothed_metric):
-                # Paper 3.1. Adam starts anew, too: its moving averages are of the old weights.
+                # Paper 3.1. Adam starts anew, too: its averages are of the old network's gradients.
                 fresh = fresh_network(envs, args, step)
                 q, target_network = inject(q, target_network, fresh)
-                optimizer = adam(q, args)
+                optimizer = adam(trainable(q).parameters(), args)
                 injected_at.append(step)
-                smoothed_metric = None  # the metrics are now those of the fresh network
-                loss = q_mean = grad_norm = None
+                # The metrics are now those of the fresh network, which has not been updated yet.
+                smoothed_metric = None
+                loss = None
+                q_mean = None
+                grad_norm = None
 
-            # Act, and remember what followed. The environment is a vector of one, hence the [0].
-            # Terminated: no reward can follow. Truncated: only the time limit was reached, so that
-            # the value of next_obs still counts in the target.
+            # Act, and remember what followed. If the episode is terminated, no reward can
+            # follow; if it is truncated, only the time limit was reached, and the value of
+            # next_obs still counts. The environment is a vector of one, hence the [0].
             epsilon = exploration_rate(args, step, replay)
             action = epsilon_greedy(q, obs, epsilon, rng)
             next_obs, reward, terminated, truncated, _ = envs.step(action)
@@ -409,7 +421,7 @@ def train(args: Args) -> Path:
                 obs, _ = envs.reset()
 
             if run.row_due(step) or step % args.plasticity_every == 0:
-                # The log: figures of the latest update, and the metrics of the network.
+                # The log: numbers of the latest update, and the metrics of what is trained of Q.
                 if args.max_grad_norm == 0:  # otherwise clipping has returned the norm
                     grad_norm = metrics.gradient_norm(trainable(q))
                 eval_return = None
@@ -450,14 +462,13 @@ def train(args: Args) -> Path:
                     }
                 )
         replay.close()
-        # It is of no more use, and takes up to 7 GB on Atari.
+        # The replay is of no more use, and takes up to 7.3 GB on Atari.
         replay_path.unlink()
         return run.folder
 
 
-def adam(q: nn.Module, args: Args) -> torch.optim.Adam:
-    """A new optimiser for the part of Q that is trained."""
-    parameters = trainable(q).parameters()
+def adam(parameters: Iterable[nn.Parameter], args: Args) -> torch.optim.Adam:
+    """A new Adam, whose moving averages are 0."""
     return torch.optim.Adam(parameters, args.learning_rate, eps=args.adam_eps, fused=True)
 
 
@@ -539,7 +550,7 @@ def load_checkpoint(
     target_network = copy.deepcopy(q).requires_grad_(False)
     for step in checkpoint["injected_at"]:
         q, target_network = inject(q, target_network, fresh_network(envs, args, step))
-    optimizer = adam(q, args)
+    optimizer = adam(trainable(q).parameters(), args)
     q.load_state_dict(checkpoint["q"])
     target_network.load_state_dict(checkpoint["target_network"])
     optimizer.load_state_dict(checkpoint["optimizer"])
@@ -584,15 +595,15 @@ class Replay:
         # The ring is an interval longer than buffer_size, so that a run that continues from its
         # latest checkpoint still finds every transition that it may draw.
         self.length = args.buffer_size + slots_taken(args, args.eval_every)
-        # Slots are written like any file, so that a full disk is an OSError (a memory map
-        # would kill the process), but they are read through a memory map.
-        # A new run creates the file. What a killed one has left there, it never reads.
+        # A run that continues finds its file at full size. A new run creates the file, and never
+        # reads what a killed run may have left in it.
         path.touch()
         size = self.length * self.slot.itemsize
-        # It is not whole in a new run.
         self.was_whole = path.stat().st_size == size
+        # Slots are written like any file, so that a full disk is an OSError (a memory map would
+        # kill the process), but they are read through a memory map. Most file systems give the
+        # file no disk space before a slot is written.
         self.file = open(path, "r+b")  # noqa: SIM115 - it stays open during the run
-        # Most file systems give it no disk before it is written.
         self.file.truncate(size)
         self.map = mmap.mmap(self.file.fileno(), 0, access=mmap.ACCESS_READ)
         self.ring = np.frombuffer(self.map, self.slot)
@@ -608,7 +619,7 @@ class Replay:
         self.file.close()
 
     def state_dict(self) -> dict[str, int]:
-        # On the disk before the checkpoint that counts on it.
+        # The slots have to be on the disk before a checkpoint relies on them.
         os.fsync(self.file.fileno())
         return {
             "next": self.next,
@@ -651,7 +662,7 @@ class Replay:
         self.write(self.next, (frame, action, reward, terminated, False, self.episode_start))
         # This slot is overwritten by the next transition, unless the episode ends here.
         self.write(self.next + 1, (next_frame, 0, 0.0, False, True, self.episode_start))
-        self.file.flush()
+        self.file.flush()  # so that the memory map sees it
         self.next += 1
         self.added += 1
         if episode_over:
@@ -672,7 +683,7 @@ class Replay:
         self.added = 0
 
     def draw(self, count: int, rng: np.random.Generator) -> np.ndarray:
-        """Slots from which transitions start, uniform over the newest `buffer_size`."""
+        """Slots from which transitions start, uniform over the newest `buffer_size` slots."""
         slots = rng.integers(self.oldest(), self.next, size=count)
         while True:
             ends = self.ring["end"][slots % self.length]
@@ -685,7 +696,7 @@ class Replay:
 
         In a stack of frames those from before the episode are black.
         """
-        # (n, stack): slots of its frames.
+        # Shape (n, stack): the slots of each observation's frames.
         stacks = slots[:, None] + np.arange(1 - self.stack, 1)
         frames = self.ring["frame"][stacks % self.length]
         episode_starts = self.ring["episode_start"][stacks[:, -1:] % self.length]
@@ -730,7 +741,7 @@ class Digits(gym.Env):
     """
 
     def __init__(self):
-        # Takes a second, which no other environment should pay.
+        # Imported here, because it takes a second that no other environment should cost.
         from sklearn.datasets import load_digits
 
         # Always the same 100 of the 1,797 images, whose pixels are 0..16.
@@ -749,8 +760,9 @@ class Digits(gym.Env):
         label = self.labels[self.image]
         correct = bool(action == label)
         candidates = np.arange(100)
-        if correct and (self.labels == (label + 1) % 10).any():
-            candidates = np.flatnonzero(self.labels == (label + 1) % 10)
+        next_images = np.flatnonzero(self.labels == (label + 1) % 10)
+        if correct and len(next_images) > 0:  # no image may have the next label
+            candidates = next_images
         self.image = self.np_random.choice(candidates)
         return self.images[self.image].copy(), float(correct), False, False, {}
 
@@ -828,7 +840,10 @@ LONGEST_EPISODE = 27_000
 
 
 def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
-    """Mean return, rewards unclipped, of one episode in each of `eval_episodes` environments."""
+    """Mean return, rewards unclipped, of one episode in each of `eval_episodes` environments.
+
+    None on Digits, which is not evaluated.
+    """
     if args.env == "Digits":
         return None
     envs = make_env(args.env, args.eval_episodes)
@@ -851,6 +866,7 @@ def evaluate(q: nn.Module, args: Args, step: int) -> float | None:
 def save_episode(path: Path, q: nn.Module, args: Args) -> None:
     """A GIF of one episode; Digits has nothing to show."""
     if args.env != "Digits":
+        # Atari names no rate: the agent sees every fourth of 60 frames a second.
         fps = make_env(args.env).metadata.get("render_fps", 15)
         metrics.save_gif(path, episode(q, args), fps)
 
@@ -897,7 +913,7 @@ def measurements(
 
 
 # ---- checks of the settings
-# The range of each number that metrics.check does not know; by default 0 or more.
+# The ranges of numbers that are not in metrics.BOUNDS. A number in neither may be 0 or more.
 BOUNDS = {
     "total_steps": (1, np.inf),
     "buffer_size": (2, np.inf),

@@ -42,7 +42,7 @@ import io
 import math
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -104,14 +104,15 @@ class Args:
     # Polyak averaging: the share of Q's weights that enters the target network at every step.
     polyak: float = 0.005
 
-    # Number of plasticity injections; with a trigger, the maximum. By default one per step given.
+    # Number of plasticity injections; with a trigger, the maximum. By default one for each of
+    # --injection-steps, and so none without them.
     injections: int | None = None
     # Steps at which to inject. By default spread evenly over the online phase.
     injection_steps: tuple[int, ...] = ()
-    # Inject when the moving average of this metric crosses --injection-threshold.
+    # Inject when the moving average of this metric reaches --injection-threshold.
     injection_trigger: Literal[metrics.METRICS] | None = None
-    # Threshold of the trigger: weight_magnitude and dormant_units inject at or above it, all others
-    # at or below it.
+    # Threshold of the trigger: with weight_magnitude or dormant_units it injects at or above the
+    # threshold, with all others at or below it.
     injection_threshold: float | None = None
 
     # Schedule of lambda, the factor of the squared norm of the trained parameters in the loss.
@@ -155,8 +156,7 @@ def mlp(*widths: int, layer_norm: str = "none", leaky_relu: bool = False) -> nn.
     `widths` are the numbers of inputs, of units of each hidden layer, and of outputs.
     """
     layers = []
-    *hidden_widths, outputs = widths[1:]
-    inputs = widths[0]
+    inputs, *hidden_widths, outputs = widths
     for width in hidden_widths:
         layers.append(nn.Linear(inputs, width))
         if layer_norm == "before":
@@ -184,13 +184,14 @@ class Injected(nn.Module):
 
     def __init__(self, h: nn.Module, fresh: nn.Module):
         super().__init__()
-        # Itself an injected network after a second injection.
+        # After a second injection h is itself an injected network.
         self.h = h.requires_grad_(False)
         self.f1 = fresh
         self.f2 = copy.deepcopy(fresh).requires_grad_(False)
 
     def forward(self, obs: torch.Tensor) -> torch.Tensor:
-        # In this order Q equals h to the last bit until f1 is trained.
+        # The brackets matter: f1 - f2 is exactly 0 until f1 is trained, so that Q equals h to the
+        # last bit.
         return self.h(obs) + (self.f1(obs) - self.f2(obs))
 
 
@@ -201,8 +202,8 @@ def trainable(q: nn.Module) -> nn.Sequential:
 
 def inject(q: nn.Module, target_network: nn.Module, fresh: nn.Module) -> tuple[Injected, Injected]:
     """Inject the same fresh network into Q and its target network."""
-    # The target keeps its own, lagging h, so that its values do not jump either. Its f1 is a copy,
-    # which will lag behind Q's.
+    # The target keeps its own h, which lags as before, so that its values do not jump either. Its
+    # f1 is a copy, which will lag behind Q's.
     injected_target = Injected(target_network, copy.deepcopy(fresh))
     return Injected(q, fresh), injected_target.requires_grad_(False)
 
@@ -238,7 +239,8 @@ FIELDS = {
     "terminated": ("bool", ()),
     "truncated": ("bool", ()),
 }
-Batch = collections.namedtuple("Batch", FIELDS)  # tensors: obs (batch, 2), action (batch, 1), ...
+# Tensors: obs and next_obs (batch, 2), all others (batch, 1).
+Batch = collections.namedtuple("Batch", FIELDS)
 
 
 def expectile_loss(advantage: torch.Tensor, expectile: float) -> torch.Tensor:
@@ -283,8 +285,8 @@ def train(args: Args) -> Path:
     check(args)  # refuses mistakes before anything is written
     settings = {**asdict(args), "version": VERSION}
     # A Run (metrics.py) is the folder of this run: settings, log and latest checkpoint. It counts
-    # the steps, from 1 or from where the checkpoint ends. They are cut into intervals of eval_every
-    # steps, each of which ends with an evaluation and a checkpoint.
+    # the steps, from 1, or from the step after the checkpoint. They are cut into intervals of
+    # eval_every steps, each of which ends with an evaluation and a checkpoint.
     with metrics.Run(run_folder(args), settings, args.total_steps, args.eval_every) as run:
         if run.finished:
             return run.folder
@@ -292,15 +294,16 @@ def train(args: Args) -> Path:
 
         data = offline_data(args)
         replay = Replay(data, args.online_steps)
-        # fresh_network seeds torch, so that V and the actor depend on the seed alone, too. Q has an
-        # optimiser of its own, because an injection replaces it.
+        # fresh_network seeds torch, so that the initial V and actor depend on the seed alone, too.
+        # Q has an optimiser of its own, because an injection replaces that optimiser.
         q = fresh_network(args, step=0)
         v = mlp(2, 64, 64, 1).to(args.device)
         actor = mlp(2, 128, 128, len(MOVES)).to(args.device)
-        v_and_actor_optimizer = adam(args, v, actor)
+        v_and_actor = [*v.parameters(), *actor.parameters()]
+        v_and_actor_optimizer = adam(v_and_actor, args)
         if run.checkpoint is None:
             target_network = copy.deepcopy(q).requires_grad_(False)
-            q_optimizer = adam(args, q)
+            q_optimizer = adam(q.parameters(), args)
             injected_at = []  # the steps of the injections so far
             smoothed_metric = None  # moving average of the metric of --injection-trigger
         else:
@@ -319,11 +322,12 @@ def train(args: Args) -> Path:
                 returns = []  # of the episodes that ended since the latest row
 
             if injection_due(args, step, injected_at, smoothed_metric):
-                # Paper 3.1. Adam starts anew, too: its moving averages are of the old weights.
+                # Paper 3.1. Adam starts anew, too: its averages are of the old network's gradients.
                 q, target_network = inject(q, target_network, fresh_network(args, step))
-                q_optimizer = adam(args, trainable(q))
+                q_optimizer = adam(trainable(q).parameters(), args)
                 injected_at.append(step)
-                smoothed_metric = None  # the metrics are now those of the fresh network
+                # The metrics are now those of the fresh network, which has not been updated yet.
+                smoothed_metric = None
 
             if online:
                 # Act, and remember what followed. If the episode is terminated, no reward can
@@ -357,7 +361,7 @@ def train(args: Args) -> Path:
             polyak_update(q, target_network, args.polyak)
 
             if run.row_due(step) or step % args.plasticity_every == 0:
-                # The log: figures of the latest update, and the metrics of Q.
+                # The log: numbers of the latest update, and the metrics of what is trained of Q.
                 eval_return = None
                 if run.interval_ends(step):
                     eval_return = evaluate(actor, args, step)
@@ -381,7 +385,7 @@ def train(args: Args) -> Path:
                     smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
             if run.interval_ends(step):
-                # This checkpoint is all that the next interval needs.
+                # The next interval needs no more than this checkpoint and the offline data.
                 if step == args.total_steps:
                     save_pictures(run.folder, args, data, v, actor)
                 run.save(
@@ -404,9 +408,8 @@ def train(args: Args) -> Path:
 ADAM_EPS = 1e-8  # PyTorch's default
 
 
-def adam(args: Args, *networks: nn.Module) -> torch.optim.Adam:
-    """A new optimiser over all parameters of the networks."""
-    parameters = nn.ModuleList(networks).parameters()
+def adam(parameters: Iterable[nn.Parameter], args: Args) -> torch.optim.Adam:
+    """A new Adam, whose moving averages are 0."""
     return torch.optim.Adam(parameters, args.learning_rate, eps=ADAM_EPS, fused=True)
 
 
@@ -473,7 +476,7 @@ def load_checkpoint(
 ) -> tuple[nn.Module, nn.Module, torch.optim.Adam, list[int], float | None]:
     """Fill v, actor, their optimiser and the replay; return what an injection replaces.
 
-    Raises UserError if the offline data have changed since.
+    Raises UserError if the offline data have changed since the checkpoint.
     """
     checkpoint = run.checkpoint
     if replay.data_checksum != checkpoint["replay"]["data_checksum"]:
@@ -485,7 +488,7 @@ def load_checkpoint(
     target_network = copy.deepcopy(q).requires_grad_(False)
     for step in checkpoint["injected_at"]:
         q, target_network = inject(q, target_network, fresh_network(args, step))
-    q_optimizer = adam(args, trainable(q))
+    q_optimizer = adam(trainable(q).parameters(), args)
     q.load_state_dict(checkpoint["q"])
     target_network.load_state_dict(checkpoint["target_network"])
     q_optimizer.load_state_dict(checkpoint["q_optimizer"])
@@ -495,7 +498,7 @@ def load_checkpoint(
 
 # ---- replay and data
 class Replay:
-    """All transitions, the offline data first; nothing is ever dropped."""
+    """The offline data, then up to `room` transitions seen online; nothing is ever dropped."""
 
     def __init__(self, data: dict[str, np.ndarray], room: int):
         self.offline_size = len(data["obs"])
@@ -551,15 +554,16 @@ def collect(args: Args) -> dict[str, np.ndarray]:
     """Transitions of an explorer that seeks what it cannot predict yet.
 
     (Burda et al., Exploration by random network distillation, ICLR 2019.)
-    It is double DQN without the task's reward. Its own reward, the novelty of s', is the error of a
-    predictor that learns the outputs of a fixed, random network at s'.
+    It is double DQN without the task's reward. Its own reward is the novelty of s': the error of a
+    predictor that learns the outputs of a fixed, random network at s', divided by the root mean
+    square of recent errors.
     """
     env, obs, rng = fresh_start(args, 0, 1)
     torch.manual_seed(seeds(args, 0, 1)[0])
     q = mlp(2, 64, 64, len(MOVES))
+    target_network = copy.deepcopy(q)
     predictor = mlp(2, 400, 400, 5)
     random_network = mlp(2, 400, 400, 5).requires_grad_(False)
-    target_network = copy.deepcopy(q)
     for parameter in random_network.parameters():
         nn.init.normal_(parameter)  # larger than by default, or there is little to predict
     learners = [*q.parameters(), *predictor.parameters()]
@@ -592,8 +596,9 @@ def collect(args: Args) -> dict[str, np.ndarray]:
             td_target = novelty + EXPLORER_GAMMA * next_value
         q_value = q(batch.obs).gather(1, batch.action)
         q_loss = nn.functional.mse_loss(q_value, td_target)
+        loss = q_loss + error.mean()
         optimizer.zero_grad()
-        (q_loss + error.mean()).backward()
+        loss.backward()
         optimizer.step()
         if step % EXPLORER_TARGET_FREQUENCY == 0:
             target_network.load_state_dict(q.state_dict())
@@ -617,14 +622,15 @@ def read_dataset(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read as an .npz file ({reason}): {advice}") from error
     missing = [name for name in FIELDS if name not in data]
     if missing:
-        needed = ", ".join(FIELDS)
-        raise UserError(f"{path} lacks {', '.join(missing)}; it must hold {needed}")
+        names = ", ".join(FIELDS)
+        raise UserError(f"{path} lacks {', '.join(missing)}; it must hold {names}")
+    transitions = data["obs"].shape[:1]  # (n,)
     for name, (dtype, shape) in FIELDS.items():
         array = data[name]
-        transitions = len(data["obs"])
-        needed = (transitions, *shape)
+        needed = (*transitions, *shape)
         if array.dtype != dtype or array.shape != needed or array.size == 0:
-            expected = f"{dtype} of shape (transitions{', 2' if shape else ''})"
+            expected_shape = ", ".join(map(str, ("transitions", *shape)))
+            expected = f"{dtype} of shape ({expected_shape})"
             found = f"{array.dtype} of shape {array.shape}"
             raise UserError(f"{path}: {name} is {found}; it must be {expected}")
         low, high = RANGES.get(name, (0, 1))
@@ -859,9 +865,9 @@ def measurements(
     The observations are drawn by a random stream of their own, so that measuring changes nothing.
     """
     rng = np.random.default_rng((args.seed, step, 2))
-    batch = replay.sample(512, rng, args.device)
-    obs = batch.obs
-    probe = dict.fromkeys(metrics.PROBED)  # None, unless it is measured at this step
+    obs = replay.sample(512, rng, args.device).obs
+    # None, unless it is measured at this step.
+    probe = dict.fromkeys(metrics.PROBED)
     if step % args.plasticity_every == 0:
         probe = metrics.measure_plasticity(
             network,
@@ -876,7 +882,7 @@ def measurements(
 
 
 # ---- checks of the settings
-# The range of each number that metrics.check does not know; by default 0 or more.
+# The ranges of numbers that are not in metrics.BOUNDS. A number in neither may be 0 or more.
 BOUNDS = {
     "collect_steps": (1, np.inf),
     "expectile": (0, 1),

@@ -77,7 +77,7 @@ def effective_rank(matrix: torch.Tensor) -> float:
     matrix = matrix.detach().flatten(1).cpu().double()
     if not matrix.any():
         return 0.0
-    # So that squaring neither overflows nor underflows.
+    # Scaled, so that squaring neither overflows nor underflows.
     matrix = matrix / matrix.abs().amax()
     if matrix.shape[0] > matrix.shape[1]:
         matrix = matrix.T
@@ -114,15 +114,15 @@ def weight_magnitude(network: nn.Module) -> float:
 def updated_units(network: nn.Module) -> float:
     """Percentage of hidden units whose incoming weights or bias have a non-zero gradient.
 
-    (Paper section 2.) To be called after a backward pass, which leaves the gradients of the latest
-    training batch, L2 term included. Raises ValueError without gradients, FloatingPointError where
-    one is NaN or infinite.
+    Call it after a backward pass, which leaves the gradients of the latest training batch, L2 term
+    included (paper section 2). Raises ValueError without gradients, FloatingPointError where one is
+    NaN or infinite.
     """
     if gradient_norm(network) is None:
         raise ValueError("there is no gradient: run a backward pass first")
     updated = []
     for layer in weighted_layers(network)[:-1]:
-        # |gradient| of each unit.
+        # The largest |gradient| of each unit.
         largest = layer.weight.new_zeros(len(layer.weight))
         for parameter in layer.parameters():
             # A frozen or unused layer has none.
@@ -145,7 +145,7 @@ def dormant_units(
         activations = [activations]
     dormant = []
     for layer in activations:
-        # (units, all else).
+        # Shape (units, everything else).
         per_unit = layer.detach().float().abs().transpose(0, 1).flatten(1)
         activity = finite(per_unit.mean(1), "an activation")
         dormant.append(activity <= threshold * activity.mean())
@@ -156,9 +156,10 @@ def dormant_units(
 def measure_activations(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
     """`feature_erank`, the effective rank of what enters the last Linear, and `dormant_units`.
 
-    Both for the observations `obs`, of which there should be hundreds, because their number bounds
-    the rank. `dormant_units` is None without ReLU and LeakyReLU modules: it is defined for them
-    alone, since a saturated tanh unit is as dead as a silent ReLU but has the largest |activation|.
+    Both are of the observations `obs`, of which there should be hundreds, because their number
+    bounds the rank. The last Linear is the one that runs last. `dormant_units` is None without ReLU
+    and LeakyReLU modules: it is defined for them alone, since a saturated tanh unit is as dead as a
+    silent ReLU but has the largest |activation|.
     """
     activations = []
     features = []
@@ -265,7 +266,7 @@ def plasticity(
     with torch.no_grad():
         before = learner(obs)
         change = source(obs)
-    # 0 where an output never varies.
+    # Where an output never varies the change is 0; the minimum avoids a division by 0.
     spread = change.std(0, correction=0).clamp(min=1e-9)
     change = (change - change.mean(0)) / spread
 
@@ -363,7 +364,7 @@ BOUNDS = {
 def check(args, bounds: dict[str, tuple[float, float]]) -> None:
     """Raise UserError for a setting that is wrong in itself.
 
-    `bounds` are the ranges of further numbers. One that has no range may be 0 or more.
+    `bounds` are the ranges of further numbers. A number without a range may be 0 or more.
     """
     check_kinds(args, complete=True)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -396,9 +397,9 @@ def run_folder(args) -> Path:
 
 @contextlib.contextmanager
 def locked(path: Path, of: Path, timeout: float) -> Iterator[None]:
-    """Hold a lock on `of`, for which it waits at most `timeout` seconds.
+    """Hold a lock on `of` by means of the lock file `path`.
 
-    Raises UserError, saying how to break the lock.
+    Raises UserError, saying how to break the lock, if it is not free within `timeout` seconds.
     """
     lock = filelock.FileLock(path)
     try:
@@ -417,13 +418,14 @@ class Run:
     and a fresh random stream, and ends with a checkpoint. So a run that was killed can continue
     exactly, and a checkpoint needs no state of an emulator or a generator (as in dqn_zoo).
 
-    `checkpoint` is what the latest `save` was given, None in a new run. Entering the run locks its
-    folder, leaving it unlocks it. Raises UserError for a folder of another run, in use or damaged.
+    `checkpoint` is the one that was found when the run was entered, None in a new run. Entering the
+    run locks its folder, leaving it unlocks it. Raises UserError if the folder belongs to another
+    run, is in use or is damaged.
     """
 
     def __init__(self, folder: Path, settings: dict, total_steps: int, eval_every: int):
         self.folder = folder
-        # As they will be read: tuples are lists.
+        # As they will be read from config.json: JSON makes lists of tuples.
         self.settings = json.loads(json.dumps(settings))
         self.total_steps = total_steps
         self.eval_every = eval_every
@@ -492,7 +494,7 @@ class Run:
                 if archive.testzip():  # checks what torch.load does not
                     raise zipfile.BadZipFile
             return torch.load(path, map_location="cpu", weights_only=True)
-        except OSError:  # such as a missing permission, after which it can be read as it is
+        except OSError:  # such as a missing permission: the file itself may be whole
             raise
         # A damaged file makes torch raise errors of all kinds.
         except Exception as error:
@@ -557,15 +559,15 @@ class Run:
     def save(self, state: dict) -> None:
         """Save a checkpoint, which the next start finds as `checkpoint`."""
         log = (self.folder / "log.csv").read_text()
-        # torch.save would raise errors of its own on a full disk.
+        # In memory first, because on a full disk torch.save raises errors of its own.
         content = io.BytesIO()
         torch.save({**state, "log": log}, content)
         replace_file(self.folder / "checkpoint.pt", content.getvalue())
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Write a file that is whole or absent, even if the process is killed or the disk is full."""
-    # One that was left over is overwritten.
+    """Write or replace a file. If that fails or the process is killed, it is as it was before."""
+    # A temporary file that a killed run has left behind is overwritten.
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         file.write(content)

@@ -29,7 +29,7 @@ from matplotlib.ticker import EngFormatter
 
 from metrics import DIRECTION_WHEN_LOST
 
-# What is drawn, where the logs hold it, and what a person calls it
+# The columns that are drawn, where a log has them, and their titles. read_run adds "score".
 COLUMNS = {
     "score": "Score: correct answers in a task (%)",
     "eval_return": "Evaluation return",
@@ -364,7 +364,7 @@ def draw_levels(ax: plt.Axes, log: pd.DataFrame, column: str) -> None:
     levels = {}
     if column in SMOOTHED:
         levels = LEVELS.get(log.env.iloc[0], {})
-    if column == "score":
+    elif column == "score":
         standard = log[log.variant == "standard"].dropna(subset="score")
         if standard.label.nunique() == 1:  # otherwise there are several kinds of agents
             first_task = standard.groupby("run").score.first()
@@ -414,7 +414,8 @@ def add_legend(figure: plt.Figure) -> None:
                 entries[textwrap.fill(name, 34)] = handle
     place = {"loc": "outside lower center", "ncols": 3, "frameon": False, "markerscale": 1.5}
     legend = figure.legend(entries.values(), entries.keys(), **place)
-    # Beyond the 1.2 inches that new_figure leaves for it, the legend may not shrink the panels.
+    # new_figure leaves 1.2 inches for the legend. If it needs more, the figure grows, so that the
+    # panels keep their size.
     height = legend.get_window_extent().height / figure.dpi
     figure.set_figheight(figure.get_figheight() + max(0, height - 1.2))
     for handle in legend.legend_handles:
@@ -589,16 +590,16 @@ def metrics_by_variant(log: pd.DataFrame) -> pd.DataFrame:
     for label, runs in runs_of_variants(of_runs, log):
         row = {"variant": label}
         for name in names:
-            row[name] = cell(runs[[name]].mean())
+            row[name] = cell(runs[[name]].mean())  # of one number, so without an interval
         rows.append(row)
     return pd.DataFrame(rows)
 
 
 def relative_metrics(log: pd.DataFrame) -> dict[str, pd.Series]:
-    """Returns each metric in the rows with plasticity, compared with its twin's where it has one.
+    """Returns the metrics in those rows in which plasticity was measured.
 
-    Plasticity is divided by its twin's value. From another metric that has a twin's value, that
-    value is subtracted, and its name says so. In older logs only plasticity has one."""
+    Plasticity is divided by its twin's value. If another metric has a twin's value, that value is
+    subtracted, and the name of the series says so. In older logs only plasticity has one."""
     if "plasticity" not in log or "plasticity_fresh" not in log:
         return {}
     rows = log[log.plasticity.notna() & (log.plasticity_fresh > 0)]
@@ -719,10 +720,11 @@ def main() -> None:
             figures[column] = draw_figure(log, [column], args.smooth)
         figures["overview"] = draw_figure(log, columns, args.smooth)
         compared = []
-        for column in columns:
-            differences = minus_standard(curves(log, column, 0), log)
-            if column in RESULTS and differences.notna().any(axis=None):
-                compared.append(column)
+        for column in RESULTS:
+            if column in columns:
+                differences = minus_standard(curves(log, column, 0), log)
+                if differences.notna().any(axis=None):
+                    compared.append(column)
         if compared:
             figures["differences"] = draw_figure(log, compared, args.smooth, difference=True)
         pictures = read_pictures(log)
@@ -744,7 +746,7 @@ def main() -> None:
             path = args.out / f"{env}_{name}.{args.format}"
             figure.savefig(path, dpi=150, bbox_inches="tight")
         plt.close("all")
-        if not args.table:  # whose output is Markdown, to be used as it is
+        if not args.table:  # with it, all output is Markdown, to be used as it is
             print(f"{env}: {len(figures)} figures in {args.out}\n")
     for title, rows in tables.items():
         print_table(title, rows, markdown=args.table)

@@ -193,7 +193,7 @@ def test_injection_invariance_of_online_and_target_network_to_the_last_bit(frame
 
         # Train a little, so that the second injection starts from an injected network whose value
         # is no longer that of its frozen part.
-        optimizer = dqn.adam(q, args)
+        optimizer = dqn.adam(dqn.trainable(q).parameters(), args)
         (q(obs[:8]) - 1).square().mean().backward()
         optimizer.step()
         assert (values()[0] - before[0]).abs().max() > 0.01

@@ -418,6 +418,11 @@ def cut_off_everything(data):
         data[name] = data[name][:0]
 
 
+def make_everything_one_number(data):
+    for name, (dtype, _) in iql.FIELDS.items():
+        data[name] = np.array(0, dtype)
+
+
 SPOILS = {
     cut_off_next_obs: "lacks next_obs",
     make_actions_floats: "action is float32",
@@ -428,6 +433,7 @@ SPOILS = {
     lose_a_reward: "reward must lie in",
     need_pickle: "cannot be read",
     cut_off_everything: "of shape (0, 2)",
+    make_everything_one_number: "obs is float32 of shape (); it must be float32 of shape (t",
 }
 
 
