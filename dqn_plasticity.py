@@ -183,7 +183,9 @@ class Args:
             self.injections = len(self.injection_steps)
         if not self.injection_steps and not self.injection_trigger:
             half = self.total_steps // 2
-            steps = [half + i * half // self.injections for i in range(self.injections)]
+            # `check` refuses more than 100.
+            count = min(self.injections, 101)
+            steps = [half + i * half // count for i in range(count)]
             self.injection_steps = tuple(steps)
 
 
@@ -569,6 +571,16 @@ def slots_taken(args: Args, steps: int) -> int:
     return 2 * steps + 4
 
 
+def ring_length(args: Args) -> int:
+    """The slots of the replay's ring, at most as many as the whole run can take.
+
+    The ring is an interval longer than buffer_size, so that a run that continues from its latest
+    checkpoint still finds every transition that it may draw.
+    """
+    spare_slots = slots_taken(args, args.eval_every)
+    return min(args.buffer_size + spare_slots, slots_taken(args, args.total_steps))
+
+
 class Replay:
     """A ring of single frames in a file: an Atari transition takes 7 KB of disk once it is written.
 
@@ -592,9 +604,7 @@ class Replay:
                 ("episode_start", "i8"),  # the slot in which its episode started
             ]
         )
-        # The ring is an interval longer than buffer_size, so that a run that continues from its
-        # latest checkpoint still finds every transition that it may draw.
-        self.length = args.buffer_size + slots_taken(args, args.eval_every)
+        self.length = ring_length(args)
         # A run that continues finds its file at full size. A new run creates the file, and never
         # reads what a killed run may have left in it.
         path.touch()
@@ -1001,13 +1011,12 @@ def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
     free = shutil.disk_usage(folder).free - 10**8
     frame_bytes = int(np.prod(obs_space.shape[-2:])) * obs_space.dtype.itemsize
     slot_bytes = frame_bytes + 16
-    spare_slots = slots_taken(args, args.eval_every)
-    slots = min(args.buffer_size + spare_slots, slots_taken(args, args.total_steps))
-    if slot_bytes * slots > free:
-        needed = f"the replay needs {slot_bytes * slots / 1e6:,.1f} MB of disk"
+    bytes_needed = slot_bytes * ring_length(args)
+    if bytes_needed > free:
+        needed = f"the replay needs {bytes_needed / 1e6:,.1f} MB of disk"
         found = f"but only {max(0, free) / 1e6:,.1f} MB are free for it"
         advice = "make room"
-        fitting = free // slot_bytes - spare_slots
+        fitting = free // slot_bytes - slots_taken(args, args.eval_every)
         if fitting >= args.batch_size:
             advice = f"make room, or use --buffer-size {fitting} or less"
         raise UserError(f"{needed}, {found}: {advice}")

@@ -140,7 +140,8 @@ class Args:
             self.injections = len(self.injection_steps)
         if not self.injection_steps and not self.injection_trigger:
             first = self.offline_steps + 1
-            count = self.injections
+            # `check` refuses more than 100.
+            count = min(self.injections, 101)
             steps = [first + i * self.online_steps // count for i in range(count)]
             self.injection_steps = tuple(steps)
 
@@ -654,7 +655,9 @@ def offline_data(args: Args) -> dict[str, np.ndarray]:
         # Several runs of this seed may start at once, and one of them collects the data for all.
         if not path.exists():
             print(f"{path} is missing. This run collects it, or waits for one that does.")
-        with metrics.locked(path.with_name(f".{path.stem}.lock"), of=path, timeout=600):
+        lock = path.with_name(f".{path.stem}.lock")
+        patience = 600 + args.collect_steps / 10  # seconds, far more than it takes
+        with metrics.locked(lock, of=path, timeout=patience):
             if not path.exists():
                 save_arrays(path, collect(args))
     data = read_dataset(path)

@@ -193,8 +193,9 @@ def gradient_norm(network: nn.Module) -> torch.Tensor | None:
 def measure(network: nn.Module, obs: torch.Tensor) -> dict[str, float | None]:
     """All metrics of a network except `plasticity`, which costs more.
 
-    Those of activations are for the observations `obs`. `updated_units` is for the latest training
-    batch, and None before the first. Raises FloatingPointError for NaN or infinity.
+    The network must have hidden layers and end in a Linear. The metrics of activations are for the
+    observations `obs`. `updated_units` is for the latest training batch, and None before the first.
+    Raises FloatingPointError for NaN or infinity.
     """
     activations = measure_activations(network, obs)
     has_gradients = gradient_norm(network) is not None
@@ -231,6 +232,7 @@ def renew(layer: nn.Module) -> None:
         raise ValueError(f"{name} has parameters but no reset_parameters() to renew them")
 
 
+@torch.enable_grad()
 def plasticity(
     network: nn.Module,
     obs: torch.Tensor,
@@ -250,8 +252,10 @@ def plasticity(
     the error of a copy that has learned nothing. Plasticity is 100 (1 - mean of the ten), the area
     above the learning curve in percent (after Lyle et al. 2022 and 2023, and Moalla et al. 2024).
 
-    The value holds for this learning rate only. It is None if all observations are alike, for then
-    there is no change to learn. Raises ValueError for fewer than ten updates.
+    A copy that learns nothing gets a little more than 0, because the errors of some parts are below
+    1 by chance: about 1 with 150 updates of 32 observations, 2 with 25 of 128. The value holds for
+    this learning rate only. It is None if all observations are alike, for then there is no change
+    to learn. Raises ValueError for fewer than ten updates.
     """
     if updates < 10:
         raise ValueError(f"{updates} updates are too few for ten parts of a learning curve")
@@ -356,7 +360,7 @@ BOUNDS = {
     "learning_rate": (1e-12, math.inf),
     "gamma": (0, 1),
     "batch_size": (1, math.inf),
-    "injections": (0, 1_000),
+    "injections": (0, 100),  # each is a network inside the next
     "l2_on_steps": (1, math.inf),
 }
 
@@ -438,7 +442,6 @@ class Run:
             stack.enter_context(locked(self.folder / ".lock", of=self.folder, timeout=0))
             stack.callback(torch.set_num_threads, torch.get_num_threads())
             self.open()
-            stack.enter_context(self.log_file)
             self.undo = stack.pop_all()
         return self
 
@@ -450,13 +453,12 @@ class Run:
         replace_file(self.folder / "config.json", content.encode())
         self.checkpoint = self.read_checkpoint()
         self.step = 0
-        log = ""
+        # The log as it was at the checkpoint: without later rows, whatever became of its file.
+        self.log_text = ""
         if self.checkpoint is not None:
             self.step = self.checkpoint["step"]
-            log = self.checkpoint["log"]
-        # The log as it was at the checkpoint: without later rows, whatever became of its file.
-        replace_file(self.folder / "log.csv", log.encode())
-        self.log_file = open(self.folder / "log.csv", "a", buffering=1, newline="")  # noqa: SIM115
+            self.log_text = self.checkpoint["log"]
+        replace_file(self.folder / "log.csv", self.log_text.encode())
         self.finished = self.step == self.total_steps
         if self.finished:
             print(f"{self.folder} is finished; nothing is left to do.")
@@ -545,11 +547,15 @@ class Run:
         self.row_time = now
         numbers["steps_per_second"] = speed
 
-        writer = csv.writer(self.log_file, lineterminator="\n")
-        if self.log_file.tell() == 0:
+        lines = io.StringIO()
+        writer = csv.writer(lines, lineterminator="\n")
+        if not self.log_text:
             writer.writerow(numbers)
         cells = numbers.values()
         writer.writerow([f"{cell:.6g}" if isinstance(cell, float) else cell for cell in cells])
+        self.log_text += lines.getvalue()
+        with open(self.folder / "log.csv", "a", newline="") as file:
+            file.write(lines.getvalue())
         returns = {}
         for name, value in numbers.items():
             if "return" in name and value is not None:
@@ -558,10 +564,14 @@ class Run:
 
     def save(self, state: dict) -> None:
         """Save a checkpoint, which the next start finds as `checkpoint`."""
-        log = (self.folder / "log.csv").read_text()
+        # If the log's file was edited or deleted meanwhile, it is made whole again.
+        log = self.log_text.encode()
+        path = self.folder / "log.csv"
+        if not path.exists() or path.read_bytes() != log:
+            replace_file(path, log)
         # In memory first, because on a full disk torch.save raises errors of its own.
         content = io.BytesIO()
-        torch.save({**state, "log": log}, content)
+        torch.save({**state, "log": self.log_text}, content)
         replace_file(self.folder / "checkpoint.pt", content.getvalue())
 
 
@@ -609,6 +619,8 @@ def command(train: Callable, defaults: object) -> int:
     if hasattr(signal, "SIGPIPE"):  # Windows has none
         # `--help | head -1` ends without a word.
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    if sys.stderr is None:  # it was closed, and the progress bar needs one
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115
     resumption = "the same command continues from the latest checkpoint, or else starts over."
     try:
         settings = (tyro.conf.FlagCreatePairsOff,)

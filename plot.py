@@ -27,7 +27,7 @@ import scipy.stats
 import seaborn as sns
 from matplotlib.ticker import EngFormatter
 
-from metrics import DIRECTION_WHEN_LOST
+from metrics import DIRECTION_WHEN_LOST, PROBED
 
 # The columns that are drawn, where a log has them, and their titles. read_run adds "score".
 COLUMNS = {
@@ -94,7 +94,7 @@ def read_run(folder: Path) -> tuple[pd.DataFrame, dict]:
         raise ValueError("its name is not <env>__<variant>__seed<k>")
     env, variant, _ = parts
     settings = json.loads((folder / "config.json").read_text())
-    if not isinstance(settings, dict):
+    if not isinstance(settings, dict) or "seed" not in settings:
         raise TypeError("config.json does not hold settings")
     log = read_log(folder / "log.csv")
 
@@ -129,8 +129,9 @@ def read_log(path: Path) -> pd.DataFrame:
         raise ValueError("log.csv is empty")
     commas = lines[0].count(",")
     whole = [line for line in lines if line.endswith("\n") and line.count(",") == commas]
-    numbers = ["step", "injections", *COLUMNS]
+    numbers = ["step", "injections", *COLUMNS, *PROBED]
     log = pd.read_csv(io.StringIO("".join(whole)), dtype=dict.fromkeys(numbers, float))
+    log = log.replace([np.inf, -np.inf], np.nan)  # no run writes infinity
     if "step" not in log or log.step.isna().all():
         raise ValueError("log.csv has no row yet")
     if len(whole) < len(lines):
@@ -705,7 +706,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     args = parse_arguments()
     os.environ["SOURCE_DATE_EPOCH"] = "0"  # no dates in the files: the same logs, the same bytes
-    look = {"svg.hashsalt": "plot", "lines.linewidth": 1.6}
+    # Names are drawn as they are: a $ does not begin a formula.
+    look = {"svg.hashsalt": "plot", "lines.linewidth": 1.6, "text.parse_math": False}
     sns.set_theme(style="whitegrid", font_scale=FONT_SCALE, rc=look)
     tables = {}
     for env, log in args.logs.groupby("env"):

@@ -410,6 +410,13 @@ def test_replay_returns_the_observations_to_the_byte_across_episodes_and_the_wra
     assert terminal > 0
 
 
+@pytest.mark.parametrize("name", ["buffer_size", "eval_every"])
+def test_the_replay_is_no_longer_than_the_run_needs(name):
+    """Whoever wants no evaluation gives a huge number."""
+    folder = small_run(total_steps=100, learning_starts=50, **{name: 10**19})
+    assert rows(folder)[-1]["step"] == "100"
+
+
 def test_replay_takes_no_disk_before_it_is_filled_and_keeps_an_interval_beyond_its_size():
     args = dqn.Args(env="MsPacman")
     replay = replay_of(args)

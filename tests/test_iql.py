@@ -8,7 +8,9 @@ import ast
 import inspect
 import json
 import math
+import os
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -689,6 +691,15 @@ def twelve_steps(script, *flags) -> Path:
     return folder
 
 
+@pytest.mark.skipif(os.name == "nt", reason="a shell that can close a stream")
+@both_scripts
+def test_a_run_needs_no_output(script):
+    """Both streams are closed, as under some job schedulers."""
+    command = shlex.join([sys.executable, script.__file__, *TWELVE_STEPS[script].split()])
+    done = subprocess.run(["sh", "-c", f"{command} >&- 2>&-"], check=False)
+    assert done.returncode == 0
+
+
 def test_both_scripts_hold_the_same_code_of_injection_and_l2():
     names = (
         "Injected",
@@ -839,7 +850,8 @@ def test_injection_steps_alone_are_as_many_injections(script):
     assert settings["injection_steps"] == [5]
 
 
-CONTRADICTIONS = """--injections 0 --injection-steps 9 => 0 contradicts --injection-steps 9;
+CONTRADICTIONS = """--injections 101 => 0..100; --injections 1000000000000 => 0..100;
+--injections 0 --injection-steps 9 => 0 contradicts --injection-steps 9;
 --injections 2 --injection-steps 100 => 2 contradicts --injection-steps 100;
 --injections 1 --injection-steps 100 200 => 1 contradicts --injection-steps 100 200;
 --injections 0 --injection-trigger erank --injection-threshold 3 => --injections;

@@ -366,6 +366,40 @@ def test_plasticity_depends_on_its_seed_and_on_nothing_else():
     assert metrics.plasticity(network, obs, updates=20, seed=0) == scores[0]
 
 
+@pytest.mark.parametrize(
+    ("updates", "batch_size", "expected"), [(150, 32, 1), (25, 128, 2)], ids=["Digits", "Lander"]
+)
+def test_plasticity_of_a_copy_that_learns_nothing_is_a_little_above_0(
+    updates, batch_size, expected
+):
+    """The errors of some parts are below 1 by chance."""
+    torch.manual_seed(0)
+    obs = torch.rand(512, 8)
+    network = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 4))
+    scores = []
+    for seed in range(12):
+        score = metrics.plasticity(
+            network,
+            obs,
+            learning_rate=1e-12,
+            batch_size=batch_size,
+            updates=updates,
+            seed=seed,
+        )
+        scores.append(score)
+    assert min(scores) >= 0
+    assert np.mean(scores) == pytest.approx(expected, rel=0.4)
+
+
+def test_plasticity_can_be_measured_where_gradients_are_off():
+    torch.manual_seed(0)
+    obs = torch.randn(64, 4)
+    network = two_layers()
+    expected = metrics.plasticity(network, obs, updates=20)
+    with torch.no_grad():
+        assert metrics.plasticity(network, obs, updates=20) == expected
+
+
 def test_plasticity_of_a_copy_that_diverges_is_0():
     torch.manual_seed(0)
     obs = torch.randn(64, 4)
@@ -465,8 +499,9 @@ def test_log_continues_at_the_checkpoint(tmp_path):
     with open_run(tmp_path) as run:
         steps = log_two_rows_and_save(run)
         run.log({"step": 4, "loss": 9.0, "erank": 9.0})
-        run.log_file.write("5,9.")  # a row that a kill cut short
         steps.close()
+    with open(tmp_path / "log.csv", "a") as file:
+        file.write("5,9.")  # a row that a kill cut short
     with open_run(tmp_path) as run:
         assert run.step == 3
         assert text(tmp_path) == ["step,loss,erank", "1,,2", "2,0.125,"]
@@ -485,6 +520,22 @@ def test_log_starts_anew_without_a_checkpoint(tmp_path):
             run.log({"step": 1, "loss": value})
             steps.close()
         assert text(tmp_path) == ["step,loss", f"1,{value}"]
+
+
+@pytest.mark.parametrize("change", ["edited", "missing"])
+def test_log_that_changes_during_the_run_is_whole_again_at_the_next_checkpoint(change, tmp_path):
+    path = tmp_path / "log.csv"
+    with open_run(tmp_path) as run:
+        steps = log_two_rows_and_save(run)
+        path.unlink()
+        if change == "edited":  # an editor saves another file under the same name
+            path.write_text("step,loss\n1,")
+        run.log({"step": 4, "loss": None, "erank": 1.0})
+        run.save({"step": 6})
+        run.log({"step": 7, "loss": None, "erank": 3.0})
+        run.save({"step": 7})
+        steps.close()
+    assert text(tmp_path) == ["step,loss,erank", "1,,2", "2,0.125,", "4,,1", "7,,3"]
 
 
 @pytest.mark.parametrize("change", ["emptied", "missing", "shortened", "edited"])

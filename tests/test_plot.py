@@ -404,6 +404,11 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     for seed in (3, 4, 5, 6):
         write_run(tmp_path, f"Task__standard__seed{seed}", [1])
     write_run(tmp_path, "Task__standard__seed7", [1, 2], erank="1~.5")
+    unnamed = write_run(tmp_path, "Task__standard__seed8", [1])
+    (unnamed / "config.json").write_text('{"total_steps": 1000}')
+    twin = write_probed_run(tmp_path, "Task__standard__seed9", [1, 2], [1, 2])
+    log = (twin / "log.csv").read_text()
+    (twin / "log.csv").write_text(log.replace(",100\n", ",1~0\n"))
     with (half / "log.csv").open("a") as file:
         # The last line is being written.
         file.write('garbage\n\0\0"\n3500,,6\n4000,,7,0,10,50\n5000,,8,0,10,5')
@@ -419,14 +424,26 @@ def test_damaged_logs_do_not_stop_the_others(tmp_path, command):
     assert len(tables.strip().splitlines()) == 9
     assert "seed2/log.csv: left out 4 damaged or half-written line(s)" in notes
     assert "seed2: unfinished at step 4,000, not in the tables" in notes
-    for seed in (3, 4, 5, 6, 7):
+    for seed in (3, 4, 5, 6, 7, 8, 9):
         assert f"seed{seed}: " in notes
     assert "notes: " in notes
     assert "seed1" not in notes
-    assert len(notes.splitlines()) == 8
+    assert len(notes.splitlines()) == 10
     runs = plot.curves(read(tmp_path), "eval_return", 0)
     np.testing.assert_allclose(runs[str(half)], [1, 2, 3, 7])
     assert Path("figures/Task_eval_return.png").stat().st_size > 10_000
+
+
+def test_infinity_counts_as_no_value(tmp_path, command):
+    write_run(tmp_path, "Task__standard__seed1", [1, np.inf, 3])
+    assert read(tmp_path).eval_return.dropna().tolist() == [1, 3]
+    assert command(tmp_path)[0] == 0
+
+
+def test_a_name_may_hold_dollars(tmp_path, command):
+    write_run(tmp_path, "Task__standard__seed1", [1, 2])
+    write_run(tmp_path, "Task__a$b_$c^__seed1", [1, 2])
+    assert command(tmp_path)[0] == 0
 
 
 def test_a_variant_without_any_value_yet_is_left_out_of_its_panel(tmp_path, command):
