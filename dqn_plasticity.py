@@ -166,6 +166,7 @@ class Args:
     leaky_relu: bool = False
 
     def __post_init__(self):
+        # Settings that depend on others are filled in once, here: change none of them later.
         metrics.check_kinds(self, complete=False)
         self.env = short_name(self.env)
         # The column of DEFAULTS_BY_ENV.

@@ -135,6 +135,7 @@ class Args:
     leaky_relu: bool = False
 
     def __post_init__(self):
+        # Settings that depend on others are filled in once, here: change none of them later.
         metrics.check_kinds(self, complete=False)
         if self.injections is None:
             self.injections = len(self.injection_steps)

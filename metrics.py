@@ -1,10 +1,10 @@
 """What is measured, and the record of a run: the only code that both agents share.
 
-The first half is pure functions of networks, weights and activations. They change no network and
-no random stream, and need no agent, so that you can use them on networks of your own. A *unit* is
-an output channel of a Conv2d or an output neuron of a Linear. *Weights* are the weight tensors of
-Conv2d and Linear, without biases and normalisation parameters. The README lists the papers that are
-cited, and says which of them is "the paper".
+The first half is pure functions of networks, weights and activations. They change no network and,
+unless a network itself draws random numbers, no random stream. They need no agent, so that you can
+use them on networks of your own. A *unit* is an output channel of a Conv2d or an output neuron of a
+Linear. *Weights* are the weight tensors of Conv2d and Linear, without biases and normalisation
+parameters. The README lists the papers that are cited, and says which of them is "the paper".
 
 The second half is a run's folder, log and checkpoint, which a reader may skip.
 """
@@ -246,11 +246,12 @@ def plasticity(
 
     The change is the output of another, fresh network for the observations `obs` (n, ...),
     standardised per output to mean 0 and variance 1. A copy of the network is trained by a new
-    Adam, so that its output minus the network's own output becomes that change. The mean squared
-    error of each batch is noted before its update. The updates, ten or more, are cut into ten parts
-    that are as equal as they can be. The mean error of a part counts as 1 if it is larger, for 1 is
-    the error of a copy that has learned nothing. Plasticity is 100 (1 - mean of the ten), the area
-    above the learning curve in percent (after Lyle et al. 2022 and 2023, and Moalla et al. 2024).
+    Adam, so that its output minus the network's own output becomes that change; what is frozen in
+    the network stays frozen. The mean squared error of each batch is noted before its update. The
+    updates, ten or more, are cut into ten parts that are as equal as they can be. The mean error of
+    a part counts as 1 if it is larger, for 1 is the error of a copy that has learned nothing.
+    Plasticity is 100 (1 - mean of the ten), the area above the learning curve in percent (after
+    Lyle et al. 2022 and 2023, and Moalla et al. 2024).
 
     A copy that learns nothing gets a little more than 0, because the errors of some parts are below
     1 by chance: about 1 with 150 updates of 32 observations, 2 with 25 of 128. The value holds for
