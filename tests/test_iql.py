@@ -850,7 +850,7 @@ def test_injection_steps_alone_are_as_many_injections(script):
     assert settings["injection_steps"] == [5]
 
 
-CONTRADICTIONS = """--injections 101 => 0..100; --injections 1000000000000 => 0..100;
+INJECTION_MISTAKES = """--injections 101 => 0..100; --injections 1000000000000 => 0..100;
 --injections 0 --injection-steps 9 => 0 contradicts --injection-steps 9;
 --injections 2 --injection-steps 100 => 2 contradicts --injection-steps 100;
 --injections 1 --injection-steps 100 200 => 1 contradicts --injection-steps 100 200;
@@ -861,8 +861,8 @@ CONTRADICTIONS = """--injections 101 => 0..100; --injections 1000000000000 => 0.
 
 
 @both_scripts
-@pytest.mark.parametrize(("mistake", "message"), mistakes(CONTRADICTIONS))
-def test_contradictory_injection_settings_are_refused(script, mistake, message, capsys):
+@pytest.mark.parametrize(("mistake", "message"), mistakes(INJECTION_MISTAKES))
+def test_wrong_injection_settings_are_refused(script, mistake, message, capsys):
     check_mistake(script, mistake, message, capsys)
 
 
