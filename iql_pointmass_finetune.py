@@ -141,8 +141,8 @@ class Args:
             self.injections = len(self.injection_steps)
         if not self.injection_steps and not self.injection_trigger:
             first = self.offline_steps + 1
-            # `check` refuses more than 100.
-            count = min(self.injections, 101)
+            # `check` refuses more than this.
+            count = min(self.injections, metrics.MAX_INJECTIONS)
             steps = [first + i * self.online_steps // count for i in range(count)]
             self.injection_steps = tuple(steps)
 

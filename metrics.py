@@ -352,6 +352,9 @@ def check_kinds(args, complete: bool) -> None:
             raise UserError(f"{flag(name)} {value!r} must be {expected}")
 
 
+# Each injection is a network inside the next, and Python cannot nest hundreds of them.
+MAX_INJECTIONS = 100
+
 # The range of each number that both agents have.
 BOUNDS = {
     "eval_every": (1, math.inf),
@@ -361,7 +364,7 @@ BOUNDS = {
     "learning_rate": (1e-12, math.inf),
     "gamma": (0, 1),
     "batch_size": (1, math.inf),
-    "injections": (0, 100),  # each is a network inside the next
+    "injections": (0, MAX_INJECTIONS),
     "l2_on_steps": (1, math.inf),
 }
 
