@@ -2,7 +2,8 @@
 
 Unfinished runs are drawn, too. A line is the mean over the seeds of a variant, its band the 95 %
 t-interval. Where only some of the seeds have a value, the line is their mean and has no band.
-Returns are smoothed by a moving average, and a thin line shows the values as they are.
+Returns are smoothed by a moving average, and a thin line shows the values as they are. Where a run
+has 400 values or more, each point is the mean of several, for the eye cannot follow so many.
 
 Runs whose settings differ are never averaged: each gets a line of its own, which names the
 settings that differ. Variants are compared with the standard agent seed by seed: each run with
@@ -238,15 +239,25 @@ def line_styles(labels: list[str]) -> dict[str, dict]:
 
 
 def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
-    """Returns a column per run and a row for every step where one of them was measured."""
+    """Returns a column per run and a row for every step where one of them has a point."""
     # A run that has no value yet keeps its column, for it belongs to its variant's seeds.
     runs = log.pivot_table(index="step", columns="run", values=column, dropna=False)
-    runs = runs.dropna(how="all")
     for run in runs:
-        runs[run] = runs[run].dropna().ewm(alpha=1 - smooth).mean()
+        values = in_windows(runs[run].dropna())
+        runs[run] = values.ewm(alpha=1 - smooth).mean()
+    runs = runs.dropna(how="all")
     # Runs may be measured at different steps. Between two of its measurements a run is
     # interpolated; before its first and after its last it is missing.
     return runs.interpolate("index", limit_area="inside")
+
+
+def in_windows(values: pd.Series) -> pd.Series:
+    """Returns the means over windows of equally many values, about 200 windows, each at its last
+    step. Fewer than 400 values are returned as they are."""
+    size = max(1, len(values) // 200)
+    windows = np.arange(len(values)) // size
+    steps = values.index.to_series().groupby(windows).last()
+    return values.groupby(windows).mean().set_axis(steps)
 
 
 def minus_standard(runs: pd.DataFrame, log: pd.DataFrame) -> pd.DataFrame:

@@ -228,6 +228,18 @@ def test_runs_measured_at_different_steps_are_joined_by_straight_lines():
     np.testing.assert_allclose(runs["b"], [np.nan, 5, 10, 15, np.nan])
 
 
+def test_each_point_of_a_long_run_is_the_mean_of_several_values(tmp_path):
+    write_run(tmp_path / "long", "Task__standard__seed1", list(range(2_005)))
+    run = plot.curves(read(tmp_path / "long"), "eval_return", 0).iloc[:, 0]
+    steps = [*range(10_000, 2_001_000, 10_000), 2_005_000]
+    means = [*np.arange(4.5, 2_000, 10), 2_002]
+    np.testing.assert_allclose(run.index, steps)
+    np.testing.assert_allclose(run, means)
+    write_run(tmp_path / "short", "Task__standard__seed1", list(range(399)))
+    run = plot.curves(read(tmp_path / "short"), "eval_return", 0).iloc[:, 0]
+    np.testing.assert_allclose(run, range(399))
+
+
 def test_digits_score_per_task():
     figure = draw(read(*LOGS.glob("Digits*")), ["score"])  # never smoothed
     (ax,) = figure.axes
