@@ -2,8 +2,8 @@
 
 Unfinished runs are drawn, too. A line is the mean over the seeds of a variant, its band the 95 %
 t-interval. Where only some of the seeds have a value, the line is their mean and has no band.
-Returns are smoothed by a moving average, and a thin line shows the values as they are. Where a run
-has 400 values or more, each point is the mean of several, for the eye cannot follow so many.
+Returns are smoothed by a moving average, and a thin line shows them unsmoothed. Where a run has 400
+values or more, each point is the mean of several, for the eye cannot follow so many.
 
 Runs whose settings differ are never averaged: each gets a line of its own, which names the
 settings that differ. Variants are compared with the standard agent seed by seed: each run with
@@ -229,7 +229,7 @@ def line_styles(labels: list[str]) -> dict[str, dict]:
     Labels that share a colour differ in shade and dashes."""
     styles = {}
     for start, colour in COLOURS.items():
-        shades = sns.dark_palette(colour, 4, reverse=True)
+        shades = sns.dark_palette(colour, 4, reverse=True)  # the fourth is too dark to tell
         layer = 2.5 if start == "standard" else 2  # the standard agent lies on top of the others
         alike = [label for label in labels if label.startswith(start) and label not in styles]
         for k, label in enumerate(sorted(alike)):
@@ -244,6 +244,7 @@ def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
     runs = log.pivot_table(index="step", columns="run", values=column, dropna=False)
     for run in runs:
         values = in_windows(runs[run].dropna())
+        # Each value goes to its step; the run has none at the other steps.
         runs[run] = values.ewm(alpha=1 - smooth).mean()
     runs = runs.dropna(how="all")
     # Runs may be measured at different steps. Between two of its measurements a run is
@@ -252,8 +253,10 @@ def curves(log: pd.DataFrame, column: str, smooth: float) -> pd.DataFrame:
 
 
 def in_windows(values: pd.Series) -> pd.Series:
-    """Returns the means over windows of equally many values, about 200 windows, each at its last
-    step. Fewer than 400 values are returned as they are."""
+    """Returns the means over windows of equally many values, each at its window's last step.
+
+    There are 200 to 300 windows, and the last may be shorter. Fewer than 400 values are returned as
+    they are."""
     size = max(1, len(values) // 200)
     windows = np.arange(len(values)) // size
     steps = values.index.to_series().groupby(windows).last()
@@ -551,20 +554,24 @@ def cell(values: pd.Series, sign: str = "") -> str:
     return f"{mean} [{', '.join(interval)}]"
 
 
+def finished_runs(log: pd.DataFrame) -> pd.DataFrame:
+    """Returns all rows of the runs that are finished. Only these are in the tables."""
+    return log[log.groupby("run").final.transform("any")]
+
+
 def results(log: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per finished run: its scores or returns, and its relative plasticity."""
+    """Returns a row per run: its scores or returns, and its relative plasticity."""
     final = log[log.final]
-    finished = log[log.run.isin(final.run)]
     columns = {}
     if "score" in log:
-        tasks = finished.dropna(subset="score")
+        tasks = log.dropna(subset="score")
         first = tasks.groupby("run").head(8)
         last = tasks.groupby("run").tail(8)
         columns["score, first 8 tasks"] = first.groupby("run").score.mean()
         columns["score, last 8 tasks"] = last.groupby("run").score.mean()
         columns["score, whole run"] = tasks.groupby("run").score.mean()
     if "eval_return" in log:
-        columns["eval_return, whole run"] = finished.groupby("run").eval_return.mean()
+        columns["eval_return, whole run"] = log.groupby("run").eval_return.mean()
         columns["eval_return, last 10 %"] = final.groupby("run").eval_return.mean()
     if "train_return" in log:
         # A row holds the mean over its episodes, so rows of few episodes count as much as others.
@@ -574,7 +581,7 @@ def results(log: pd.DataFrame) -> pd.DataFrame:
     if "plasticity" in metrics:
         of_runs = metrics["plasticity"].groupby(final.run).mean()
         columns["relative plasticity, last 10 %"] = of_runs
-    return pd.DataFrame(columns, index=finished.run.unique())
+    return pd.DataFrame(columns, index=log.run.unique())
 
 
 def runs_of_variants(of_runs: pd.DataFrame, log: pd.DataFrame) -> Iterable:
@@ -595,7 +602,7 @@ def by_variant(of_runs: pd.DataFrame, log: pd.DataFrame, sign: str = "") -> pd.D
 
 
 def metrics_by_variant(log: pd.DataFrame) -> pd.DataFrame:
-    """Returns a row per variant: the means of the metrics over the last 10 % of finished runs."""
+    """Returns a row per variant: the means of the metrics over the last 10 % of its runs."""
     names = [name for name in DIRECTION_WHEN_LOST if name in log]
     of_runs = log[log.final].groupby("run")[names].mean()
     rows = []
@@ -644,6 +651,7 @@ def correlations(log: pd.DataFrame) -> pd.DataFrame:
     metrics = relative_metrics(log)
     aims = {"relative plasticity": metrics["plasticity"]}
     if "score" in log:
+        # A task's score stands in the row at its end, where plasticity is measured, too.
         scores = log.dropna(subset="score").groupby("run").score
         aims["next task's score"] = scores.shift(-1)
     rows = []
@@ -678,7 +686,8 @@ def print_table(title: str, rows: pd.DataFrame, markdown: bool) -> None:
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Draw the logs of any number of runs. Defaults are in parentheses.",
+        description="Draw the logs of any number of runs, and print tables of the finished ones. "
+        "Defaults are in parentheses.",
         allow_abbrev=False,
     )
     option = parser.add_argument
@@ -697,7 +706,7 @@ def parse_arguments() -> argparse.Namespace:
         default="png",
         help="file format of the figures (png)",
     )
-    option("--table", action="store_true", help="print the tables as Markdown")
+    option("--table", action="store_true", help="print the tables as Markdown and nothing else")
 
     def exit_with_one_line(message):
         parser.exit(2, f"error: {message} (see --help)\n")
@@ -743,17 +752,20 @@ def main() -> None:
         pictures = read_pictures(log)
         if pictures:
             figures["picture"] = draw_picture(pictures)
-        if log.final.any():
-            of_runs = results(log)
-            tables[env] = by_variant(of_runs, log)
-            differences = minus_standard(of_runs.T, log).T
-            if len(differences):
-                title = f"{env}: difference from the standard agent, paired by seed"
-                tables[title] = by_variant(differences, log, "+")
-            tables[f"{env}: metrics, mean over the last 10 %"] = metrics_by_variant(log)
         if len(relative_metrics(log)) > 1:  # plasticity, and something to compare it with
             figures["correlations"] = draw_correlations(log)
-            tables[f"{env}: which metric tracks plasticity?"] = correlations(log)
+
+        finished = finished_runs(log)
+        if len(finished):
+            of_runs = results(finished)
+            tables[env] = by_variant(of_runs, finished)
+            differences = minus_standard(of_runs.T, finished).T  # it expects a column per run
+            if len(differences):
+                title = f"{env}: difference from the standard agent, paired by seed"
+                tables[title] = by_variant(differences, finished, "+")
+            tables[f"{env}: metrics, mean over the last 10 %"] = metrics_by_variant(finished)
+            if len(relative_metrics(finished)) > 1:
+                tables[f"{env}: which metric tracks plasticity?"] = correlations(finished)
 
         for name, figure in figures.items():
             path = args.out / f"{env}_{name}.{args.format}"

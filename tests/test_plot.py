@@ -106,12 +106,12 @@ def line(ax, name):
 
 def table(*folders):
     """The table of results, a row per variant."""
-    log = read(*folders)
+    log = plot.finished_runs(read(*folders))
     return plot.by_variant(plot.results(log), log).set_index("variant")
 
 
 def difference_table(*folders):
-    log = read(*folders)
+    log = plot.finished_runs(read(*folders))
     differences = plot.minus_standard(plot.results(log).T, log).T
     return plot.by_variant(differences, log, "+").set_index("variant")
 
@@ -995,6 +995,22 @@ def test_plasticity_has_its_fresh_twin_beside_it_a_scatter_and_a_table(tmp_path,
     assert Path("figures/Task_correlations.png").stat().st_size > 10_000
     assert "### Task: which metric tracks plasticity?" in tables
     assert "\n| erank | + | 0." in tables
+
+
+def test_an_unfinished_run_is_in_no_table(tmp_path, command):
+    columns = ("plasticity", "erank", "feature_erank")
+    for seed in (1, 2):
+        write_probed_run(tmp_path, f"Task__standard__seed{seed}", [1, 2, 3, 5], [10, 20, 30, 40])
+    tables = command(tmp_path, "--table", columns=columns)[1]
+    assert tables.count("###") == 3
+    for name in ("standard", "l2-constant"):
+        folder = write_probed_run(tmp_path, f"Task__{name}__seed3", [9, 5, 4, 1], [1, 2, 3, 4])
+        lines = (folder / "log.csv").read_text().splitlines(keepends=True)
+        (folder / "log.csv").write_text("".join(lines[:-1]))
+    code, output, notes = command(tmp_path, "--table", columns=columns)
+    assert code == 0
+    assert notes.count("not in the tables") == 2
+    assert output == tables
 
 
 # ---- logs in which there is little or nothing
