@@ -706,7 +706,7 @@ def parse_arguments() -> argparse.Namespace:
         default="png",
         help="file format of the figures (png)",
     )
-    option("--table", action="store_true", help="print the tables as Markdown and nothing else")
+    option("--table", action="store_true", help="print the tables as Markdown, and no other text")
 
     def exit_with_one_line(message):
         parser.exit(2, f"error: {message} (see --help)\n")

@@ -591,7 +591,7 @@ def test_only_unfinished_runs_are_drawn_without_a_table(tmp_path, command):
     assert code == 0
     assert Path("figures/Task_eval_return.png") in figures
     assert output == f"Task: {len(figures)} figures in figures\n\n"
-    # With --table the output is Markdown and nothing else.
+    # With --table the output is Markdown and no other text.
     assert command(tmp_path, "--table")[1] == ""
 
 
