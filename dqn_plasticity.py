@@ -98,6 +98,7 @@ class Args:
     # Device that the networks run on. By default a CUDA GPU if there is one.
     device: Literal["cpu", "cuda"] = "cuda" if torch.cuda.is_available() else "cpu"
     # Compute updates in bfloat16, weights in float32: faster on Atari if the hardware supports it.
+    # Q-values are then rounded by up to 0.4 %, so that the best actions can tie in the target.
     bf16: bool = False
     # Length of the run in steps of the environment.
     total_steps: int = None
@@ -192,7 +193,7 @@ class Args:
 
 # ---- network
 def hidden_layer(layer: nn.Module, shape: tuple[int, ...], args: Args) -> list[nn.Module]:
-    """A layer, its activation, and a LayerNorm over `shape` before or after it (paper 3.3)."""
+    """A layer and its activation, and a LayerNorm over `shape` if there is one (paper 3.3)."""
     activation = nn.LeakyReLU(0.01) if args.leaky_relu else nn.ReLU()
     if args.layer_norm == "before":
         return [layer, nn.LayerNorm(shape), activation]
@@ -355,8 +356,7 @@ def train(args: Args) -> Path:
                 # checkpoint, and its log is that of a run that was never killed.
                 envs.close()
                 envs, obs, rng = fresh_start(args, step - 1)
-                # A run that continues has no gradients in memory. So that its log is that of a run
-                # that was never killed, every interval starts without them.
+                # Gradients are not in a checkpoint, so every interval starts without them.
                 optimizer.zero_grad()
                 if args.env == "Digits":
                     # An interval is a task with new labels. Transitions with the old labels would
@@ -424,7 +424,7 @@ def train(args: Args) -> Path:
                 obs, _ = envs.reset()
 
             if run.row_due(step) or step % args.plasticity_every == 0:
-                # The log: numbers of the latest update, and the metrics of what is trained of Q.
+                # The log: numbers of the latest update, and metrics of the part of Q that trains.
                 if args.max_grad_norm == 0:  # otherwise clipping has returned the norm
                     grad_norm = metrics.gradient_norm(trainable(q))
                 eval_return = None
@@ -444,7 +444,7 @@ def train(args: Args) -> Path:
                 }
                 run.log(row)
                 returns = []
-                # Before the first update the network is still fresh, and nothing can be lost.
+                # Not before the first update since the interval began or a network was injected.
                 if args.injection_trigger and loss is not None:
                     smoothed_metric = smooth(smoothed_metric, row[args.injection_trigger])
 
@@ -565,10 +565,11 @@ def load_checkpoint(
 def slots_taken(args: Args, steps: int) -> int:
     """The largest number of slots of the replay that so many steps can take.
 
-    An episode takes one slot more than it has steps, and on Atari it has at least 16 steps.
+    An episode takes one slot more than it has steps. On Atari it has at least 16 steps, unless the
+    interval ends before.
     """
     if is_atari(args.env):
-        return steps + steps // 16 + 4
+        return steps + steps // min(16, args.eval_every) + 4
     return 2 * steps + 4
 
 
@@ -744,11 +745,10 @@ def network_input(obs: np.ndarray, device: str = "cpu") -> torch.Tensor:
 class Digits(gym.Env):
     """Name 100 handwritten digits whose labels are drawn anew in every episode.
 
-    Drawing random labels anew is from Lyle et al. 2023, appendix A.1; the chain to the next label
-    is ours. Observation: 64 pixels in 0..1. Action: the label. Reward: 1 for the image's label,
-    which leads to an image of the next label (modulo 10); 0 otherwise, which leads to any image.
-    One episode is one task of 1,500 steps, so its return shows how well the network could still
-    learn. Random actions get about 150.
+    After Lyle et al. 2023, appendix A.1. Observation: 64 pixels in 0..1. Action: the label. Reward:
+    1 for the image's label, which leads to an image of the next label (modulo 10); 0 otherwise,
+    which leads to any image. One episode is one task of 1,500 steps, so its return shows how well
+    the network could still learn. Random actions get about 150.
     """
 
     def __init__(self):
@@ -772,7 +772,7 @@ class Digits(gym.Env):
         correct = bool(action == label)
         candidates = np.arange(100)
         next_images = np.flatnonzero(self.labels == (label + 1) % 10)
-        if correct and len(next_images) > 0:  # no image may have the next label
+        if correct and len(next_images) > 0:  # it can happen that no image has the next label
             candidates = next_images
         self.image = self.np_random.choice(candidates)
         return self.images[self.image].copy(), float(correct), False, False, {}
@@ -1005,7 +1005,8 @@ def check_env(env_id: str) -> gym.spaces.Box:
 def check_disk(args: Args, obs_space: gym.spaces.Box) -> None:
     """A new run needs room for its replay, and 100 MB for all else."""
     folder = run_folder(args)
-    if (folder / "checkpoint.pt").exists():  # a run that continues already has its disk space
+    # A run that continues is not asked for room, for a part of its replay is on the disk already.
+    if (folder / "checkpoint.pt").exists():
         return
     while not folder.exists():
         folder = folder.parent

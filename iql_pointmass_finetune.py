@@ -97,7 +97,7 @@ class Args:
     gamma: float = 0.95
     # Transitions in an update.
     batch_size: int = 128
-    # Expectile of Q over the data's actions that V learns: 0.5 is their mean, 1 their maximum.
+    # V learns this expectile of Q over the data's actions: 0.5 is the mean of Q, 1 its maximum.
     expectile: float = 0.99
     # How strongly the actor prefers actions of high advantage: 0 imitates all data alike.
     beta: float = 10.0
@@ -232,7 +232,8 @@ def squared_norm(network: nn.Module) -> torch.Tensor:
 
 # ---- losses
 # The fields of a transition, also in the file of --dataset: dtype, and shape of one entry.
-# Observations are positions divided by the size of the map.
+# Observations are positions divided by the size of the map. `truncated` only serves to count the
+# episodes of a data set, for IQL bootstraps through a time limit.
 FIELDS = {
     "obs": ("float32", (2,)),
     "action": ("int64", ()),
@@ -309,7 +310,8 @@ def train(args: Args) -> Path:
             injected_at = []  # the steps of the injections so far
             smoothed_metric = None  # moving average of the metric of --injection-trigger
         else:
-            # The same five as at the latest checkpoint; V, actor and replay are filled in.
+            # These five are as at the latest checkpoint. V, actor, their optimiser and the replay
+            # are filled in.
             loaded = load_checkpoint(run, args, q, v, actor, v_and_actor_optimizer, replay)
             q, target_network, q_optimizer, injected_at, smoothed_metric = loaded
 
@@ -363,7 +365,7 @@ def train(args: Args) -> Path:
             polyak_update(q, target_network, args.polyak)
 
             if run.row_due(step) or step % args.plasticity_every == 0:
-                # The log: numbers of the latest update, and the metrics of what is trained of Q.
+                # The log: numbers of the latest update, and metrics of the part of Q that trains.
                 eval_return = None
                 if run.interval_ends(step):
                     eval_return = evaluate(actor, args, step)
@@ -451,7 +453,7 @@ def injection_due(args: Args, step: int, injected_at: list[int], average: float 
 def sample_actions(actor: nn.Module, obs: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     """Actions (n,) for observations (n, 2), drawn from pi(a | s) = softmax(logits).
 
-    The index of the largest logit plus Gumbel noise has exactly this distribution.
+    Gumbel noise is added to each logit: the index of the largest sum has exactly this distribution.
     """
     device = next(actor.parameters()).device
     inputs = torch.as_tensor(obs, device=device)

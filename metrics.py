@@ -441,7 +441,8 @@ class Run:
 
     def __enter__(self):
         self.folder.mkdir(parents=True, exist_ok=True)
-        # Undone here on an error, else by __exit__.
+        # The lock is released, and the number of threads, which `train` may change, is put back:
+        # here on an error, else by __exit__.
         with contextlib.ExitStack() as stack:
             stack.enter_context(locked(self.folder / ".lock", of=self.folder, timeout=0))
             stack.callback(torch.set_num_threads, torch.get_num_threads())
@@ -533,7 +534,7 @@ class Run:
         return step % LOG_EVERY == 0 or self.interval_ends(step)
 
     def log(self, row: dict) -> None:
-        """Write a row of numbers and scalar tensors; None is an empty cell.
+        """Write a row of numbers, scalar tensors and texts; None is an empty cell.
 
         The first row decides the columns. Raises FloatingPointError for NaN or infinity.
         """
@@ -616,7 +617,7 @@ def command(train: Callable, defaults: object) -> int:
     """Train with the command line's settings.
 
     Returns the exit code. 0: done. Otherwise, after one line that says what happened, 1: a fault on
-    the way; 2: a user's mistake; 130: stopped.
+    the way; 2: a user's mistake; 130: stopped. A flag that tyro refuses ends in its SystemExit(2).
     """
     # SIGTERM, which Slurm sends, stops a run as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -456,6 +456,16 @@ def test_a_batch_is_uniform_over_the_transitions_and_never_starts_at_an_episode_
     assert set(replay.sample(100, rng, "cpu").reward.tolist()) == {99.0}
 
 
+def test_the_ring_holds_a_whole_run_whose_intervals_are_shorter_than_any_game():
+    args = dqn.Args(env="MsPacman", total_steps=1_000, eval_every=10)
+    replay = replay_of(args)
+    white = np.full((4, 84, 84), 255, np.uint8)
+    for step in range(1, 1_001):
+        replay.add(white, 0, 0.0, white, False, step % 10 == 0)
+    slots = replay.draw(10_000, np.random.default_rng(0))
+    assert replay.observations(slots)[:, -1].min() == 255
+
+
 # ---- agent
 def test_td_loss_by_hand():
     """The online network chooses the action, the target values it; nothing follows an end."""
